@@ -1,0 +1,306 @@
+"""MNIST, its fixed binarization and an offline stand-in, as uint8 tensors in memory.
+
+    data = load("auto")              # grey levels 0..255, for the GAN and the flow
+    data = load_binarized("auto")    # pixels in {0, 1}, for the VAE
+    data.train.images                # [50000, 784] uint8
+    data.test.labels                 # [10000] uint8
+
+"mnist" is read from `data_dir`, or downloaded there. "glyphs" are digits drawn from matplotlib's fonts
+and distorted at random: no network is needed for them. "auto" is MNIST if it can be had, else glyphs,
+with a warning. Splits: the first 50,000 training images, the last 10,000 of them for validation, and
+10,000 for test.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import io
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+MNIST_MD5 = {  # of the uncompressed content
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+N_TRAIN, N_VAL, N_TEST = 50_000, 10_000, 10_000
+GLYPH_FONTS = ("DejaVuSans DejaVuSans-Oblique DejaVuSansMono DejaVuSansMono-Oblique DejaVuSerif DejaVuSerif-Italic "
+               "STIXGeneral STIXGeneralBol STIXGeneralItalic STIXGeneralBolIta cmr10 cmb10 cmss10 cmtt10").split()
+
+
+class InputError(Exception):
+    """What the user can mend: the message is one line that says what is wrong and what to do."""
+
+
+class Split(NamedTuple):
+    images: torch.Tensor  # [N, 784] uint8
+    labels: Optional[torch.Tensor]  # [N] uint8, the digit; None where the source has none
+
+
+class Dataset(NamedTuple):
+    name: str  # "mnist" or "glyphs"
+    train: Split
+    val: Split
+    test: Split
+    md5: str  # of all images, in the order train, val, test
+    binarization: Optional[str] = None  # None: 256 grey levels
+
+
+def label(name):
+    """What figure titles and log lines add, so that glyphs are never taken for MNIST: "" for "mnist"."""
+    return "" if name == "mnist" else f" [{name}, not MNIST]"
+
+
+def load(name="auto", data_dir=None):
+    """The grey-level images, as a Dataset with pixels 0..255.
+
+    name: "auto", "mnist" or "glyphs". data_dir: default $A3_DATA_DIR, else the repository's data/.
+    Raises InputError for a corrupt file, or if "mnist" is asked for and is neither on disk nor downloadable.
+    """
+    data_dir = resolve_data_dir(data_dir)
+    if name != "glyphs":
+        try:
+            return load_mnist(data_dir)
+        except Unavailable as error:
+            if name == "mnist":
+                raise
+            warn_glyphs(error)
+    return load_glyphs(data_dir)
+
+
+def load_binarized(name="auto", data_dir=None):
+    """The images with pixels in {0, 1}, always the same ones.
+
+    MNIST: Larochelle's files (Larochelle & Murray 2011) if `data_dir`/binarized_mnist holds them, without
+    labels. Else each pixel is drawn once from a Bernoulli whose mean is its grey level, as in Salakhutdinov &
+    Murray (2008), from a fixed seed. `binarization` in the result says which. Arguments and errors as `load`.
+    """
+    folder = resolve_data_dir(data_dir) / "binarized_mnist"
+    files = [folder / f"binarized_mnist_{split}.amat" for split in ("train", "valid", "test")]
+    if name != "glyphs" and any(find(path) for path in files):
+        splits = [Split(read_amat(path, n), None) for path, n in zip(files, (N_TRAIN, N_VAL, N_TEST))]
+        return make_dataset("mnist", splits, "larochelle")
+    data = load(name, data_dir)
+    generator = torch.Generator().manual_seed(0)
+    splits = []
+    for images, labels in (data.train, data.val, data.test):
+        # rand is in [0, 1), so black stays 0 and white stays 1
+        chunks = [(255 * torch.rand(x.shape, generator=generator) < x).to(torch.uint8) for x in images.split(10_000)]
+        splits.append(Split(torch.cat(chunks), labels))
+    return make_dataset(data.name, splits, "one Bernoulli draw per pixel, seed 0")
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def resolve_data_dir(data_dir=None):
+    """The folder with the data: the argument, else $A3_DATA_DIR, else data/ beside code/."""
+    return Path(data_dir or os.environ.get("A3_DATA_DIR") or Path(__file__).resolve().parents[1] / "data")
+
+
+def write_atomic(path, write):
+    """Have write(file) fill a file of this name, such that neither a crash nor a full disk leaves half of one.
+
+    What is there now stays until all of the new content is on the disk. Raises InputError if that cannot be done.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    content = io.BytesIO()
+    write(content)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())  # a full disk shows here at the latest
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}): make room, or name another folder") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def find(path):
+    """The file itself, or else its .gz, or else None."""
+    return next((p for p in (path, path.with_name(path.name + ".gz")) if p.is_file()), None)
+
+
+def read(path):
+    """The uncompressed content of a file that `find` returned."""
+    try:
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path} is corrupt ({error}): delete it, and run again or put a good copy there") from None
+
+
+def make_dataset(name, splits, binarization=None):
+    md5 = hashlib.md5()
+    for split in splits:
+        md5.update(split.images.numpy())
+    return Dataset(name, *splits, md5.hexdigest(), binarization)
+
+
+def split_train(train_images, train_labels, test_images, test_labels):
+    """[60000, 784] and [10000, 784] uint8 arrays and their labels -> train, val and test splits."""
+    x, y = torch.from_numpy(train_images), torch.from_numpy(train_labels)
+    test = Split(torch.from_numpy(test_images), torch.from_numpy(test_labels))
+    return Split(x[:N_TRAIN], y[:N_TRAIN]), Split(x[-N_VAL:], y[-N_VAL:]), test
+
+
+# ---------------------------------------------------------------------------------------------- MNIST
+
+
+class Unavailable(InputError):
+    """MNIST is not on disk and cannot be downloaded."""
+
+
+def load_mnist(data_dir):
+    raw = data_dir / "MNIST" / "raw"
+    if not all(find(raw / name) for name in MNIST_MD5):
+        download_mnist(data_dir)
+    arrays = []
+    for name, md5 in MNIST_MD5.items():
+        path = find(raw / name)
+        content = read(path)
+        if hashlib.md5(content).hexdigest() != md5:
+            raise InputError(f"{path} is corrupt or truncated (its MD5 is not MNIST's): delete it, and run again "
+                             f"or put a good copy there")
+        header = 16 if "images" in name else 8  # idx format: magic number and sizes, then the bytes
+        array = np.frombuffer(content, np.uint8, offset=header).copy()
+        arrays.append(array.reshape(-1, 784) if "images" in name else array)
+    return make_dataset("mnist", split_train(*arrays))
+
+
+def download_mnist(data_dir):
+    """Fetch the .gz files with torchvision, into a temporary folder first: all of them or none appear."""
+    from torchvision.datasets import MNIST  # takes seconds to import, and is needed only here
+
+    raw = data_dir / "MNIST" / "raw"
+    timeout = socket.getdefaulttimeout()
+    try:
+        raw.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=data_dir) as folder, contextlib.redirect_stdout(io.StringIO()):
+            print("downloading MNIST ...", file=sys.stderr)
+            socket.setdefaulttimeout(20)  # urllib's own is to wait for ever
+            MNIST(folder, download=True)
+            for name in MNIST_MD5:
+                if not find(raw / name):
+                    shutil.move(find(Path(folder) / "MNIST" / "raw" / name), raw)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise Unavailable(f"MNIST is not in {raw} and cannot be downloaded ({reason}): put its four files there "
+                          f"(raw or .gz), or name a folder that has MNIST/raw/ with --data_dir, "
+                          f"or use --dataset glyphs") from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def read_amat(path, n_rows):
+    """Larochelle's text format, a row of 784 "0" or "1" per image -> [n_rows, 784] uint8 in {0, 1}."""
+    found = find(path)
+    if found is None:
+        raise InputError(f"{path} (or .gz) is missing beside the other binarized files: put it there, "
+                         f"or remove the folder to have MNIST binarized from a fixed seed")
+    text = np.frombuffer(read(found), np.uint8)
+    pixels = text[::2] - ord("0")  # a digit and a separator in turn; wraps round to over 1 for anything else
+    if len(text) != n_rows * 784 * 2 or pixels.max() > 1:
+        raise InputError(f"{found} is corrupt or truncated (it is not {n_rows} rows of 784 zeros and ones): "
+                         f"delete it, or put a good copy there")
+    return torch.from_numpy(pixels.reshape(n_rows, 784))
+
+
+# ---------------------------------------------------------------------------------------------- glyphs
+
+
+def warn_glyphs(reason):
+    bar = "!" * 100
+    print(f"{bar}\n!!  NO MNIST: {reason}\n!!  GOING ON WITH GLYPHS, digits drawn from fonts. "
+          f"No figure or number of this run is about MNIST.\n{bar}", file=sys.stderr)
+
+
+def load_glyphs(data_dir):
+    """60,000 + 10,000 glyphs, from `data_dir`/glyphs.npz if it is there; else made, and kept there if possible."""
+    path = data_dir / "glyphs.npz"
+    try:
+        with np.load(path) as cache:
+            images, labels = cache["images"], cache["labels"]
+    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile):  # none yet, or a bad one
+        print("making the glyphs, once (about 10 seconds) ...", file=sys.stderr)
+        images, labels = make_glyphs(N_TRAIN + N_VAL + N_TEST)
+        with contextlib.suppress(InputError):  # a read-only folder only costs the time to make them again
+            write_atomic(path, lambda file: np.savez_compressed(file, images=images, labels=labels))
+    return make_dataset("glyphs", split_train(images[:-N_TEST], labels[:-N_TEST], images[-N_TEST:], labels[-N_TEST:]))
+
+
+def make_glyphs(n, seed=0):
+    """n digits, as MNIST made them: fitted into 20x20, then centred by mass in 28x28.
+
+    Returns images [n, 784] uint8 and labels [n] uint8, the same ones for the same seed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    bank = render_digits()  # [10, styles, 56, 56]
+    labels = torch.randint(10, (n,), generator=generator)
+    images = [distort(bank, y, generator) for y in labels.split(5000)]
+    return torch.cat(images).numpy(), labels.to(torch.uint8).numpy()
+
+
+def render_digits():
+    """Every digit in every font and stroke width, at twice MNIST's size -> [10, styles, 56, 56] in [0, 1]."""
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont  # comes with torchvision and matplotlib
+
+    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    bank = np.zeros((10, len(GLYPH_FONTS), 2, 56, 56), np.float32)
+    for f, name in enumerate(GLYPH_FONTS):
+        font = ImageFont.truetype(str(fonts / f"{name}.ttf"), 100)
+        for digit in range(10):
+            for stroke in range(2):
+                image = Image.new("L", (200, 200))
+                ImageDraw.Draw(image).text((100, 100), str(digit), 255, font, anchor="mm", stroke_width=stroke)
+                image = image.crop(image.getbbox())
+                size = [max(1, round(40 * side / max(image.size))) for side in image.size]
+                left, top = (56 - size[0]) // 2, (56 - size[1]) // 2
+                image = np.asarray(image.resize(size, Image.Resampling.BOX), np.float32) / 255
+                bank[digit, f, stroke, top:top + size[1], left:left + size[0]] = image
+    return torch.from_numpy(bank).flatten(1, 2)
+
+
+def distort(bank, labels, generator):
+    """One random style, affine and elastic distortion and blur for each label [B] -> [B, 784] uint8."""
+    B = len(labels)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(B, *shape, generator=generator)
+
+    style = torch.randint(bank.shape[1], (B,), generator=generator)
+    glyphs = bank[labels, style].unsqueeze(1)  # [B, 1, 56, 56]
+
+    # the grid says for each of the 28x28 pixels where in the glyph, in [-1, 1]^2, its value comes from
+    angle, shear = uniform(-0.25, 0.25), uniform(-0.3, 0.3)
+    matrix = torch.stack([angle.cos(), shear - angle.sin(), angle.sin(), angle.cos()], 1).view(B, 2, 2)
+    matrix = matrix / uniform(0.8, 1.05, 2, 1)  # a smaller digit reads from a wider range
+    grid = F.affine_grid(F.pad(matrix, (0, 1)), [B, 1, 28, 28], align_corners=False)  # [B, 28, 28, 2]
+    waves = 0.07 * torch.randn(B, 2, 5, 5, generator=generator)
+    grid = grid + F.interpolate(waves, size=(28, 28), mode="bicubic").permute(0, 2, 3, 1)
+
+    # centre of mass to the middle: measure it, then shift the grid
+    image = F.grid_sample(glyphs, grid, align_corners=False)  # [B, 1, 28, 28]
+    centre = (grid * image.permute(0, 2, 3, 1)).sum((1, 2)) / image.sum((1, 2, 3)).unsqueeze(1)  # [B, 2]
+    image = F.grid_sample(glyphs, grid + centre.view(B, 1, 1, 2), align_corners=False)
+
+    kernel = torch.tensor([[1., 2., 1.], [2., 4., 2.], [1., 2., 1.]]).view(1, 1, 3, 3) / 16
+    image = torch.lerp(image, F.conv2d(image, kernel, padding=1), uniform(0.2, 1.0, 1, 1, 1))
+    return (255 * (1.15 * image).clamp(max=1)).round().to(torch.uint8).flatten(1)
