@@ -1,0 +1,506 @@
+"""Variational autoencoder on binarized MNIST (hand-out questions 1.12 to 1.15).
+
+    python a3_vae.py --zdim 20      # figures and results in report/figures/vae_z20
+    python a3_vae.py --zdim 2       # the same and the data manifold, in report/figures/vae_z2
+
+TODO expected
+Source: Kingma & Welling (2014), Auto-Encoding Variational Bayes; here with convolutions. All likelihoods are in
+nats per image: summed over the 784 pixels, averaged over images.
+"""
+
+import argparse
+import contextlib
+import copy
+import itertools
+import json
+import math
+import platform
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from matplotlib.figure import Figure  # not pyplot: files only, no display
+from scipy.stats import norm
+from tqdm import tqdm
+
+from datasets import InputError, label, load_binarized, write_atomic
+
+EMA_DECAY = 0.999  # of the averaged weights, per update
+SCRIPT = "a3_vae"
+FLAGS = ("zdim", "epochs", "batch_size", "lr", "seed", "iw_samples", "dataset", "dry_run")  # of a run, kept with it
+
+
+# ----------------------------------------------------------------------------------------------------------- model
+
+class Residual(nn.Module):
+    """x + f(x); the last layer of f starts at zero, so the block starts as the identity."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.f = nn.Sequential(nn.SiLU(), nn.Linear(n, n), nn.SiLU(), nn.Linear(n, n))
+        nn.init.zeros_(self.f[-1].weight)
+
+    def forward(self, x):
+        return x + self.f(x)
+
+
+class Encoder(nn.Module):
+    """q(z|x) = N(mean(x), diag(std(x)^2)), hand-out equation 13."""
+
+    def __init__(self, hidden_dim=500, z_dim=20):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Unflatten(1, (1, 28, 28)),
+            nn.Conv2d(1, 32, 5, stride=2, padding=2), nn.SiLU(),   # [B, 32, 14, 14]
+            nn.Conv2d(32, 32, 3, stride=2, padding=1), nn.SiLU(),  # [B, 32, 7, 7]
+            nn.Flatten(),
+            nn.Linear(32 * 7 * 7, hidden_dim), Residual(hidden_dim), nn.SiLU(),
+            nn.Linear(hidden_dim, 2 * z_dim),
+        )
+
+    def forward(self, x):
+        """x [B, 784] in {0, 1} -> mean and std, each [B, z_dim], std > 0."""
+        mean, log_std = self.net(x).chunk(2, dim=1)
+        return mean, log_std.clamp(-10, 10).exp()
+
+
+class Decoder(nn.Module):
+    """p(x|z) = prod_m Bernoulli(x_m | f(z)_m), hand-out equation 4."""
+
+    def __init__(self, hidden_dim=500, z_dim=20):
+        super().__init__()
+        self.logits = nn.Sequential(  # z [B, z_dim] -> log f(z) / (1 - f(z)), [B, 784]
+            nn.Linear(z_dim, hidden_dim), Residual(hidden_dim), nn.SiLU(),
+            nn.Linear(hidden_dim, 32 * 7 * 7), nn.SiLU(),
+            nn.Unflatten(1, (32, 7, 7)),
+            nn.Conv2d(32, 4 * 32, 3, padding=1), nn.PixelShuffle(2), nn.SiLU(),  # [B, 32, 14, 14]
+            nn.Conv2d(32, 4, 3, padding=1), nn.PixelShuffle(2),                  # [B, 1, 28, 28]
+            nn.Flatten(),
+        )
+
+    def forward(self, z):
+        """z [B, z_dim] -> the Bernoulli means f(z), [B, 784] in (0, 1)."""
+        return self.logits(z).sigmoid()
+
+
+class VAE(nn.Module):
+    def __init__(self, hidden_dim=500, z_dim=20):
+        super().__init__()
+        self.z_dim = z_dim
+        self.encoder = Encoder(hidden_dim, z_dim)
+        self.decoder = Decoder(hidden_dim, z_dim)
+
+    def forward(self, x):
+        """x [B, 784] in {0, 1} -> average negative ELBO, a scalar (equation 12 with one sample of z)."""
+        mean, std = self.encoder(x)
+        z = mean + std * torch.randn_like(std)  # the reparametrization trick, question 1.11
+        elbo = log_p_x_given_z(x, self.decoder.logits(z)) - kl_divergence(mean, std)  # [B]
+        return -elbo.mean()
+
+    @torch.no_grad()
+    def sample(self, n_samples, generator=None):
+        """Ancestral sampling (question 1.2): z ~ N(0, I), then x ~ p(x|z).
+
+        Returns (sampled_ims, im_means), each [n_samples, 784]: draws in {0, 1}, and the Bernoulli means. The noise
+        is made on the CPU, by `generator` or the global one, so a seed gives the same noise on every device.
+        """
+        z = torch.randn(n_samples, self.z_dim, generator=generator)
+        im_means = self.decoder(z.to(next(self.parameters()).device))
+        sampled_ims = (torch.rand(im_means.shape, generator=generator).to(im_means) < im_means).float()
+        return sampled_ims, im_means
+
+
+def log_p_x_given_z(x, logits):
+    """log prod_m Bernoulli(x_m | sigmoid(logits_m)): x and logits [B, 784] -> [B], nats."""
+    return -F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(1)  # over pixels
+
+
+def kl_divergence(mean, std):
+    """KL(N(mean, diag(std^2)) || N(0, I)): [B, z_dim] each -> [B], nats (question 1.5)."""
+    return 0.5 * (mean ** 2 + std ** 2 - 1 - 2 * std.log()).sum(1)  # over latent dimensions
+
+
+# ----------------------------------------------------------------------------------------- training and evaluation
+
+def shift_some(images, share, generator):
+    """Move a `share` of the images [N, 784] by up to a pixel each way, against overfitting; their margins are blank."""
+    images = images.view(-1, 28, 28).clone()
+    chosen = torch.randperm(len(images), generator=generator)[:round(share * len(images))]
+    for move, indices in zip(itertools.product((-1, 0, 1), repeat=2), chosen.chunk(9)):
+        images[indices] = images[indices].roll(move, dims=(1, 2))
+    return images.flatten(1)
+
+
+def epoch_iter(model, data, optimizer, on_step=None, losses=None):
+    """One pass over `data`, an iterable of batches of 784-pixel images: learn if model.training, else only measure.
+
+    on_step() is called after each update. `losses` gets a (negative ELBO, batch size) for each batch, behind those
+    of an interrupted pass that this one completes. Returns the average ELBO over images, nats.
+    """
+    losses = [] if losses is None else losses
+    device = next(model.parameters()).device
+    with torch.set_grad_enabled(model.training):
+        for x in data:
+            x = x.to(device, torch.float32).flatten(1)  # [B, 784]
+            loss = model(x)
+            losses.append((loss.detach(), len(x)))  # no .item(): a GPU need not wait for the CPU
+            if model.training:
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                if on_step:
+                    on_step()
+    return -sum(float(loss) * size for loss, size in losses) / sum(size for _, size in losses)
+
+
+def run_epoch(model, data, optimizer, averaged=None, on_step=None, losses=None):
+    """Train on data[0] and measure on data[1], there with the `averaged` weights if given. Returns both ELBOs."""
+    traindata, valdata = data
+    model.train()
+    train_elbo = epoch_iter(model, traindata, optimizer, on_step, losses)
+    model.eval()
+    val_elbo = epoch_iter(averaged or model, valdata, optimizer)
+    return train_elbo, val_elbo
+
+
+@torch.no_grad()
+def evaluate(model, x, iw_samples):
+    """ELBO, its two terms, and the importance-weighted bound on log p(x); averages over x [N, 784], nats.
+
+    log p(x) >= E log 1/k sum_i w_i with w_i = p(x|z_i) p(z_i) / q(z_i|x), z_i ~ q(z|x) and k = iw_samples (Burda et
+    al. 2016, equation 8). The ELBO averages over the same k samples. With k = 0: over one, and test_log_px is None.
+    """
+    totals = 0
+    for batch in tqdm(x.split(500), "test", disable=None, leave=False):
+        batch = batch.float()
+        mean, std = model.encoder(batch)
+        recon, log_w = [], []
+        for _ in range(max(1, iw_samples)):
+            epsilon = torch.randn_like(std)
+            z = mean + std * epsilon
+            recon.append(log_p_x_given_z(batch, model.decoder.logits(z)))  # [B]
+            log_p_z_over_q = (0.5 * (epsilon ** 2 - z ** 2) + std.log()).sum(1)  # both constants are the same
+            log_w.append(recon[-1] + log_p_z_over_q)
+        log_px = torch.stack(log_w).logsumexp(0) - math.log(len(log_w))  # [k, B] -> [B]
+        totals += torch.stack([torch.stack(recon).mean(0), kl_divergence(mean, std), log_px]).sum(1)
+    recon, kl, log_px = (totals / len(x)).tolist()
+    return {"test_elbo": recon - kl, "test_log_p_x_given_z": recon, "test_kl": kl,
+            "test_log_px": log_px if iw_samples else None, "iw_samples": iw_samples}
+
+
+# --------------------------------------------------------------------------------------------------------- figures
+
+def save_elbo_plot(train_curve, val_curve, filename, note=""):
+    """Average ELBO of each epoch, nats per image (question 1.13). The first epoch may lie below the frame."""
+    epochs = range(1, len(train_curve) + 1)
+    figure = Figure(figsize=(5, 3.2))
+    axes = figure.subplots()
+    axes.plot(epochs, train_curve, "-", label=f"training (last {train_curve[-1]:.1f})")
+    axes.plot(epochs, val_curve, "--", label=f"validation (best {max(val_curve):.1f})")
+    axes.set(xlabel="epoch", ylabel="ELBO (nats per image)", title=f"Evidence lower bound{note}")
+    if len(train_curve) > 4:
+        axes.set_ylim(bottom=min(train_curve[1], val_curve[1]) - 2)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    write_atomic(filename, lambda file: figure.savefig(file, format="png", dpi=200, bbox_inches="tight"))
+
+
+def image_grid(images, columns):
+    """Images [N, 784] -> one array, `columns` of them side by side, each 30x30 with its frame."""
+    images = F.pad(images.float().cpu(), (0, 0, 0, -len(images) % columns))  # blank ones fill the last row
+    images = F.pad(images.view(-1, columns, 28, 28), (1, 1, 1, 1), value=0.5)  # [rows, columns, 30, 30]
+    return images.transpose(1, 2).flatten(2).flatten(0, 1).numpy()  # [rows * 30, columns * 30]
+
+
+def save_images(panels, filename, title, columns=8):
+    """Draw panels, {caption: images [N, 784] in [0, 1]}, side by side."""
+    figure = Figure(figsize=(3.3 * len(panels), 3.6))
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (caption, images) in zip(axes, panels.items()):
+        axis.imshow(image_grid(images, columns), cmap="gray_r", vmin=0, vmax=1)
+        axis.set_title(caption, fontsize=9)
+        axis.axis("off")
+    figure.suptitle(title, fontsize=11)
+    write_atomic(filename, lambda file: figure.savefig(file, format="png", dpi=200, bbox_inches="tight"))
+
+
+def save_samples(model, filename, title):
+    """64 samples and their means, from the same noise at every call (question 1.14)."""
+    sampled_ims, im_means = model.sample(64, torch.Generator().manual_seed(0))
+    save_images({"Bernoulli draws": sampled_ims, "means": im_means}, filename, title)
+
+
+@torch.no_grad()
+def save_reconstructions(model, x, filename, note=""):
+    """Images x [40, 784] in four rows, each above the row of its reconstructions, from the posterior's mean."""
+    recon = model.decoder(model.encoder(x.float())[0])
+    pairs = torch.stack([x.view(4, 10, 784), recon.view(4, 10, 784)], dim=1).view(80, 784)
+    save_images({"below each row of images: its reconstructions": pairs}, filename, f"Validation images{note}", columns=10)
+
+
+@torch.no_grad()
+def save_manifold(model, filename, note="", n=20):
+    """Decoder means over a grid of z whose lines have equal mass of the prior between them (question 1.15).
+
+    As in Kingma & Welling (2014), figure 4b: z = ppf(u) of equally spaced u in [0.01, 0.99].
+    """
+    z = torch.from_numpy(norm.ppf(np.linspace(0.01, 0.99, n))).float()
+    z1, z2 = torch.meshgrid(z, z.flip(0), indexing="xy")  # z1 grows to the right, z2 upwards
+    means = model.decoder(torch.stack([z1, z2], dim=-1).view(-1, 2).to(next(model.parameters()).device))
+    figure = Figure(figsize=(6, 6))
+    axes = figure.subplots()
+    axes.imshow(image_grid(means, n), cmap="gray_r", vmin=0, vmax=1, extent=(0, 1, 0, 1))
+    axes.set(xlabel=r"$\Phi(z_1)$", ylabel=r"$\Phi(z_2)$", title=f"Decoder means over the latent space{note}")
+    write_atomic(filename, lambda file: figure.savefig(file, format="png", dpi=200, bbox_inches="tight"))
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoint
+
+def read_checkpoint(path):
+    """The dictionary in a checkpoint, on the CPU. Raises InputError if it is missing, broken or another script's."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # so that a file cannot run code
+        script = checkpoint["script"]
+    except FileNotFoundError:
+        raise InputError(f"there is no checkpoint {path}: name the checkpoint.pt of a run") from None
+    except Exception as error:  # torch raises a dozen kinds
+        raise InputError(f"{path} is not a checkpoint, or is truncated or corrupt ({type(error).__name__})") from None
+    if script != SCRIPT:
+        raise InputError(f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")
+    return checkpoint
+
+
+def load_model(checkpoint, device="cpu"):
+    """The trained VAE (averaged weights of the best epoch) in eval mode, from a run's checkpoint.pt or best.pt."""
+    content = read_checkpoint(checkpoint)
+    model = VAE(z_dim=content["flags"]["zdim"])
+    model.load_state_dict(content["best"]["model"] if content["best"] else content["averaged"])
+    return model.to(device).eval()
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+
+def on_signals(handler=lambda number, frame: sys.exit(128 + number)):
+    """Have Ctrl-C and SIGTERM call the handler; by default they end the program with the shell's exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def default_out_dir(zdim, dataset):
+    name = f"vae_z{zdim}" + ("" if dataset == "mnist" else f"_{dataset}")
+    return Path(__file__).resolve().parents[1] / "report" / "figures" / name
+
+
+def peak_memory_mb():
+    """The most memory that this process has had, or None where the system does not tell (Windows)."""
+    with contextlib.suppress(ImportError):
+        import resource
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak // (2 ** 20 if sys.platform == "darwin" else 2 ** 10)  # macOS counts bytes, Linux kB
+
+
+def run(args, checkpoint):
+    """Train, from the start or from `checkpoint`; then measure the best epoch on the test set, and draw it."""
+    wall_start, device = time.time(), torch.device(args.device)
+    data = load_binarized(args.dataset, args.data_dir)
+    if checkpoint and checkpoint["md5"] != data.md5:
+        raise InputError(f"the checkpoint is of other data ({checkpoint['flags']['dataset']}, MD5 {checkpoint['md5']}) "
+                         f"than this ({data.name}, MD5 {data.md5}): see --data_dir")
+    note, out_dir = label(data.name), args.out_dir or default_out_dir(args.zdim, data.name)
+    flags = {name: getattr(args, name) for name in FLAGS} | {"dataset": data.name}
+    train, val, test = (split.images.to(device) for split in (data.train, data.val, data.test))
+    if args.dry_run:
+        train, val, test = train[:5 * args.batch_size // 2], val[:200], test[:200]
+
+    torch.manual_seed(args.seed)
+    model = VAE(z_dim=args.zdim).to(device)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    averaged = copy.deepcopy(model).requires_grad_(False).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01, fused=True)
+    n_batches = math.ceil(len(train) / args.batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.lr, total_steps=args.epochs * n_batches, pct_start=0.1, cycle_momentum=False)
+    state = {"model": model, "averaged": averaged, "optimizer": optimizer, "schedule": schedule}
+    rows, best = [], None  # of metrics.csv; the averaged weights with the best validation ELBO
+    losses, seconds, signals = [], 0.0, []  # of the running epoch
+    save_samples(averaged, out_dir / "samples_start.png", f"Samples before training{note}")
+    if checkpoint:
+        for name, part in state.items():
+            part.load_state_dict(checkpoint[name])
+        rows, best, losses, seconds = (checkpoint[key] for key in ("rows", "best", "losses", "seconds"))
+        torch.set_rng_state(checkpoint["rng"])
+        if device.type == "cuda" and checkpoint["cuda_rng"]:
+            torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
+
+    def save():
+        content = {
+            "script": SCRIPT, "flags": flags, "md5": data.md5, "epoch": len(rows), "rows": rows, "best": best,
+            "losses": [(float(loss), size) for loss, size in losses], "seconds": seconds,
+            "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all(),
+            **{name: part.state_dict() for name, part in state.items()}}
+        write_atomic(out_dir / "checkpoint.pt", lambda file: torch.save(content, file))
+        if best and best["epoch"] == len(rows):
+            write_atomic(out_dir / "best.pt", lambda file: torch.save(content, file))
+
+    def on_step():
+        schedule.step()
+        n = schedule.last_epoch  # updates so far
+        decay = min(EMA_DECAY, (1 + n) / (10 + n))  # less at first, to forget the untrained weights
+        with torch.no_grad():
+            torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
+        bar.update()
+        if n % 50 == 0:
+            bar.set_postfix_str(f"ELBO {-float(losses[-1][0]):.1f}")
+        if signals:
+            sys.exit(128 + signals[0])
+
+    print(f"{data.name}{note}, binarization: {data.binarization}; {len(train)} training images\n"
+          f"VAE with {n_parameters / 1e6:.2f}M parameters, z_dim {args.zdim}, on {device}; output in {out_dir}\n"
+          f"epoch  train ELBO    val ELBO  seconds  images/s  learning rate")
+    bar = tqdm(total=args.epochs * n_batches, initial=len(rows) * n_batches + len(losses), disable=None)
+    on_signals(lambda number, frame: signals.append(number))  # on_step looks, when a batch is done
+    try:
+        for epoch in range(len(rows) + 1, args.epochs + 1):
+            start = time.time() - seconds
+            generator = torch.Generator().manual_seed(args.seed + 1_000_003 * epoch)  # so a resumed epoch is the same
+            order = torch.randperm(len(train), generator=generator).to(device)
+            images = shift_some(train, 0.5 - 0.5 * (epoch - 1) / args.epochs, generator)  # fewer and fewer
+            loaders = images[order].split(args.batch_size)[len(losses):], val.split(1000)
+            train_elbo, val_elbo = run_epoch(model, loaders, optimizer, averaged, on_step, losses)
+            if not math.isfinite(train_elbo + val_elbo):
+                raise InputError(f"the ELBO of epoch {epoch} is not finite: start anew with a --lr below {args.lr:g}")
+            seconds = time.time() - start
+            rows.append({"epoch": epoch, "train_elbo": train_elbo, "val_elbo": val_elbo, "seconds": seconds,
+                         "images_per_s": len(train) / seconds, "learning_rate": schedule.get_last_lr()[0]})
+            tqdm.write("{:5d}  {:10.2f}  {:10.2f}  {:7.1f}  {:8.0f}  {:13.2e}".format(*rows[-1].values()) + note)
+            if best is None or val_elbo > best["val_elbo"]:
+                best = {"epoch": epoch, "val_elbo": val_elbo, "model": copy.deepcopy(averaged.state_dict())}
+            if epoch == (args.epochs + 1) // 2:
+                save_samples(averaged, out_dir / "samples_half.png", f"Samples after epoch {epoch}{note}")
+            losses, seconds = [], 0.0
+            save()
+            table = [rows[0].keys()] + [[f"{value:.8g}" for value in row.values()] for row in rows]
+            text = "".join(",".join(line) + "\n" for line in table)
+            write_atomic(out_dir / "metrics.csv", lambda file: file.write(text.encode()))
+        bar.close()
+        on_signals()  # from here on at once: nothing is lost
+        if signals:
+            sys.exit(128 + signals[0])
+
+        averaged.load_state_dict(best["model"])
+        torch.manual_seed(args.seed)  # so that an interrupted run ends with the same results
+        scores = evaluate(averaged, test, args.iw_samples)
+        save_elbo_plot(*([row[key] for row in rows] for key in ("train_elbo", "val_elbo")), out_dir / "elbo.png", note)
+        save_samples(averaged, out_dir / "samples_end.png", f"Samples after training{note}")
+        save_reconstructions(averaged, val[::len(val) // 40][:40], out_dir / "reconstructions.png", note)
+        if args.zdim == 2:
+            save_manifold(averaged, out_dir / "manifold.png", note)
+    except SystemExit:  # from a signal
+        bar.close()
+        if len(rows) < args.epochs:
+            seconds = time.time() - start
+            save()
+        print(f"interrupted; to go on: python {sys.argv[0]} --resume {out_dir / 'checkpoint.pt'}", file=sys.stderr)
+        raise
+
+    seconds = sum(row["seconds"] for row in rows)
+    results = {
+        "script": SCRIPT, "dataset": data.name, "dataset_md5": data.md5, "binarization": data.binarization,
+        "seed": args.seed, "epochs": args.epochs, "device": args.device, "parameters": n_parameters,
+        "train_seconds": seconds, "images_per_s": len(train) * len(rows) / seconds,
+        "wall_seconds": time.time() - wall_start, "peak_memory_mb": peak_memory_mb(),
+        "best_epoch": best["epoch"], "val_elbo": best["val_elbo"], **scores, "flags": flags,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+    write_atomic(out_dir / "results.json", lambda file: file.write((json.dumps(results, indent=2) + "\n").encode()))
+    print(f"best epoch {best['epoch']}; " + ", ".join(f"{k} {v:.2f}" for k, v in scores.items() if v) + note)
+
+
+def save_sample_files(args):
+    """--sample: N images of a trained model, uint8 [N, 28, 28], in samples.npz, and the first 100 in samples.png."""
+    model, generator = load_model(args.resume, args.device), torch.Generator().manual_seed(args.seed)
+    parts = [model.sample(min(1000, args.sample - i), generator) for i in range(0, args.sample, 1000)]
+    sampled_ims, im_means = (torch.cat(part).cpu() for part in zip(*parts))  # [N, 784]
+    arrays = {name: (255 * x).round().byte().view(-1, 28, 28).numpy()
+              for name, x in (("samples", sampled_ims), ("means", im_means))}
+    write_atomic(args.out_dir / "samples.npz", lambda file: np.savez_compressed(file, **arrays))
+    save_images({"Bernoulli draws": sampled_ims[:100], "means": im_means[:100]}, args.out_dir / "samples.png",
+                f"Samples{label(args.dataset)}", columns=10)
+
+
+def main(argv=None):
+    sys.stdout.reconfigure(line_buffering=True)  # so that a log file can be followed
+    on_signals()
+    try:
+        args, checkpoint = parse_args(argv)
+        if args.sample:
+            save_sample_files(args)
+        else:
+            run(args, checkpoint)
+    except InputError as error:
+        print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def parse_args(argv=None):
+    """The flags, and the checkpoint that --resume means, or None: flags not given now are those of its run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument_group("model and training").add_argument
+    flag("--zdim", type=int, default=20, help="dimensions of the latent space (default %(default)s)")
+    flag("--epochs", type=int, default=40, help="passes over the training set (default %(default)s)")
+    flag("--batch_size", type=int, default=128, help="images per update (default %(default)s)")
+    flag("--lr", type=float, default=3e-3, help="highest learning rate of the one-cycle schedule (default %(default)s)")
+    flag("--seed", type=int, default=42, help="of weights, order of images, and noise (default %(default)s)")
+    flag("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
+    flag("--iw_samples", type=int, default=100, help="samples of z per test image in the bound on log p(x); "
+         "0 leaves it out (default %(default)s)")
+    flag = parser.add_argument_group("data and output").add_argument
+    flag("--dataset", choices=["auto", "mnist", "glyphs"], default="auto", help="glyphs are digits drawn from fonts; "
+         "auto is MNIST, or if it cannot be had glyphs (default %(default)s)")
+    flag("--data_dir", type=Path, help="(default: $A3_DATA_DIR, else data/ of the repository)")
+    flag("--out_dir", type=Path, help="(default: report/figures/vae_z<zdim>, or the checkpoint's folder)")
+    flag = parser.add_argument_group("instead of a new run").add_argument
+    flag("--resume", nargs="?", type=Path, const=Path(), metavar="CHECKPOINT",
+         help="go on with an interrupted run (default: checkpoint.pt in the output folder)")
+    flag("--sample", type=int, metavar="N", help="with --resume: write N samples to samples.npz and samples.png")
+    flag("--dry_run", action="store_true", help="a few batches of everything, in a temporary folder")
+    args = parser.parse_args(argv)
+
+    checkpoint, path = None, args.resume
+    if path == Path():
+        names = ["mnist", "glyphs"] if args.dataset == "auto" else [args.dataset]
+        paths = [(args.out_dir or default_out_dir(args.zdim, name)) / "checkpoint.pt" for name in names]
+        path = next(filter(Path.exists, paths), paths[0])
+    if path:
+        checkpoint = read_checkpoint(path)
+        parser.set_defaults(out_dir=path.parent, **checkpoint["flags"])
+        args = parser.parse_args(argv)
+        args.resume = path
+        changed = [name for name in FLAGS if getattr(args, name) != checkpoint["flags"][name]]
+        if changed and not args.sample:
+            parser.error(f"--resume goes on with the run as it was: leave out --{' --'.join(changed)}, or start anew")
+    elif args.sample:
+        parser.error("--sample needs --resume CHECKPOINT")
+    elif args.dry_run:
+        args.epochs, args.out_dir = 2, args.out_dir or Path(tempfile.mkdtemp(prefix=f"{SCRIPT}_"))
+    for name, low, high in (("zdim", 1, 1000), ("epochs", 1, 10 ** 5), ("batch_size", 1, 50_000), ("lr", 1e-9, 10),
+                            ("seed", 0, 2 ** 31), ("iw_samples", 0, 10 ** 5), ("sample", 1, 10 ** 6)):
+        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
+            parser.error(f"--{name} {getattr(args, name)} is not between {low} and {high}")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+    return args, checkpoint
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,445 @@
+"""The VAE: its mathematics against numerical references, and the script as a user meets it."""
+
+import csv
+import json
+import math
+import signal
+import struct
+
+import numpy as np
+import pytest
+import torch
+from scipy import integrate, stats
+
+import a3_vae
+import datasets
+from a3_vae import VAE, Decoder, Encoder, epoch_iter, evaluate, kl_divergence, load_model, log_p_x_given_z, run_epoch, shift_some
+from conftest import mnist_dir, needs_mnist, run_script, start_script
+
+
+def randomized(model, seed=0, scale=0.1):
+    """Random weights everywhere, so that nothing is tested at a special initialisation."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(scale * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def binary_images(n, seed=0):
+    return (torch.rand(n, 784, generator=torch.Generator().manual_seed(seed)) < 0.2).float()
+
+
+# ---------------------------------------------------------------------------------------------------- mathematics
+
+@pytest.mark.parametrize("mean, std", [(0.0, 1.0), (0.7, 0.3), (-3.0, 2.5), (0.1, 1e-3)])
+def test_kl_against_numerical_integration(mean, std):
+    def integrand(z):
+        return stats.norm.pdf(z, mean, std) * (stats.norm.logpdf(z, mean, std) - stats.norm.logpdf(z))
+    expected = integrate.quad(integrand, mean - 12 * std, mean + 12 * std, epsabs=1e-10)[0]
+    actual = kl_divergence(torch.tensor([[mean, 0.0]]).double(), torch.tensor([[std, 1.0]]).double())
+    assert actual.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_kl_against_monte_carlo():
+    torch.manual_seed(0)
+    mean, std = torch.randn(3, 5), torch.rand(3, 5) + 0.2
+    z = mean + std * torch.randn(200_000, 3, 5)
+    log_ratio = stats.norm.logpdf(z, mean, std) - stats.norm.logpdf(z)
+    error = log_ratio.sum(-1).std(0) / 200_000 ** 0.5
+    assert np.all(np.abs(log_ratio.sum(-1).mean(0) - kl_divergence(mean, std).numpy()) < 5 * error)
+
+
+def test_log_p_x_given_z_against_scipy():
+    x, logits = binary_images(4), 3 * torch.randn(4, 784, generator=torch.Generator().manual_seed(1))
+    expected = stats.bernoulli.logpmf(x.numpy(), logits.double().sigmoid().numpy()).sum(1)
+    assert log_p_x_given_z(x, logits).numpy() == pytest.approx(expected, rel=1e-5)
+    extreme = torch.full((1, 784), 200.0)  # sigmoid is 1 in float32: only logits survive
+    assert log_p_x_given_z(torch.zeros(1, 784), extreme).item() == pytest.approx(-784 * 200)
+
+
+@pytest.mark.parametrize("z_dim", [2, 20])
+def test_shapes_and_ranges(z_dim):
+    x = binary_images(3)
+    mean, std = randomized(Encoder(z_dim=z_dim))(x)
+    assert mean.shape == std.shape == (3, z_dim) and (std > 0).all()
+    means = randomized(Decoder(z_dim=z_dim))(mean)
+    assert means.shape == (3, 784) and (means > 0).all() and (means < 1).all()
+    model = VAE(hidden_dim=30, z_dim=z_dim)
+    assert model(x).shape == ()
+    sampled_ims, im_means = model.sample(5)
+    assert sampled_ims.shape == im_means.shape == (5, 784) and set(sampled_ims.unique().tolist()) == {0.0, 1.0}
+
+
+def test_samples_are_bernoulli_draws_with_the_means_that_are_returned():
+    model = randomized(VAE(z_dim=2), scale=0.15)
+    sampled_ims, im_means = model.sample(3000, torch.Generator().manual_seed(0))
+    z_scores = (sampled_ims - im_means).sum(0) / (im_means * (1 - im_means)).sum(0).sqrt()  # per pixel, N(0, 1)
+    assert im_means.std() > 0.1 and abs(z_scores.mean()) < 0.2 and 0.9 < z_scores.std() < 1.1
+    assert torch.equal(sampled_ims, model.sample(3000, torch.Generator().manual_seed(0))[0])
+
+
+def test_elbo_with_means_one_half_is_784_log_2_plus_kl():
+    model, x = randomized(VAE()), binary_images(50)
+    last = [m for m in model.decoder.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))][-1]
+    torch.nn.init.zeros_(last.weight)
+    torch.nn.init.zeros_(last.bias)
+    kl = kl_divergence(*model.encoder(x)).mean().item()
+    assert kl > 0.1
+    assert model(x).item() == pytest.approx(784 * math.log(2) + kl, rel=1e-6)
+    assert VAE()(x).item() == pytest.approx(784 * math.log(2), rel=0.05)  # untrained: nearly so
+
+
+def test_elbo_is_an_unbiased_estimate():
+    """The scalar that is trained on, averaged over noise, is E_q log p(x|z) - KL; E_q here by quadrature over z."""
+    model, x = randomized(VAE(z_dim=1), scale=0.15), binary_images(1)
+    mean, std = model.encoder(x)
+    eps = torch.linspace(-7, 7, 4001).unsqueeze(1)
+    with torch.no_grad():
+        recon = log_p_x_given_z(x.expand(4001, -1), model.decoder.logits(mean + std * eps))
+        weights = torch.exp(-0.5 * eps[:, 0] ** 2) / math.sqrt(2 * math.pi) * 14 / 4000
+        expected = -((recon * weights).sum() - kl_divergence(mean, std)).item()
+        losses = torch.stack([model(x.expand(500, -1)) for _ in range(20)])
+    assert losses.mean().item() == pytest.approx(expected, abs=5 * losses.std().item() / 20 ** 0.5)
+    assert recon.std() > 0.1  # the test is not about a constant
+
+
+def test_importance_weighted_bound_tightens_to_the_exact_log_likelihood():
+    """With one latent dimension log p(x) can be integrated: ELBO = the k=1 bound on average < k=5 < k=1000 = exact."""
+    torch.manual_seed(0)
+    model, x = randomized(VAE(hidden_dim=20, z_dim=1), seed=1, scale=0.16), binary_images(1)
+    z = torch.linspace(-8, 8, 2001).unsqueeze(1)
+    with torch.no_grad():
+        log_joint = log_p_x_given_z(x.expand(2001, -1), model.decoder.logits(z)) \
+            + torch.from_numpy(stats.norm.logpdf(z[:, 0].numpy()))
+    exact = (log_joint.logsumexp(0) + math.log(16 / 2000)).item()
+    many = evaluate(model, x.expand(4, -1), 1000)
+    elbo, gap = many["test_elbo"], exact - many["test_elbo"]
+    one, five = (evaluate(model, x.expand(400, -1), k)["test_log_px"] for k in (1, 5))  # averages over 400 draws
+    assert gap > 0.5  # there is something to close
+    assert one == pytest.approx(elbo, abs=0.3 * gap)
+    assert elbo < five < many["test_log_px"] == pytest.approx(exact, abs=0.05 * gap)
+
+
+def test_evaluate_terms_and_skipping_the_bound():
+    model, x = randomized(VAE()), binary_images(7)
+    scores = evaluate(model, x.to(torch.uint8), 0)
+    assert scores["test_log_px"] is None
+    assert scores["test_elbo"] == pytest.approx(scores["test_log_p_x_given_z"] - scores["test_kl"])
+    assert scores["test_kl"] == pytest.approx(kl_divergence(*model.encoder(x)).mean().item(), rel=1e-5)
+
+
+def test_gradients_reach_the_encoder_through_the_reparametrization():
+    model = randomized(VAE())
+    mean, std = model.encoder(binary_images(4))
+    z = mean + std * torch.randn_like(std)
+    log_p_x_given_z(binary_images(4), model.decoder.logits(z)).sum().backward()  # without the KL
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.encoder.parameters())
+
+
+class AverageOfPixels(torch.nn.Module):
+    """A stand-in whose loss is the batch's mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.weight * x.mean()
+
+
+def test_epoch_average_is_weighted_by_batch_size():
+    model = AverageOfPixels().eval()
+    data = [torch.full((4, 784), 1.0), torch.full((1, 1, 28, 28), 6.0)]
+    assert epoch_iter(model, data, None) == pytest.approx(-(4 * 1 + 1 * 6) / 5)
+    assert epoch_iter(model, data[1:], None, losses=[(1.0, 4)]) == pytest.approx(-2)  # completes an interrupted pass
+    assert model.weight.grad is None
+
+
+def test_run_epoch_trains_on_the_first_and_measures_on_the_second():
+    model = AverageOfPixels()
+    data = [torch.full((2, 784), 1.0)], [torch.full((2, 784), 1.0)]
+    train_elbo, val_elbo = run_epoch(model, data, torch.optim.SGD(model.parameters(), lr=0.25))
+    assert (train_elbo, val_elbo, model.weight.item()) == (-1, -0.75, 0.75) and not model.training
+
+
+def test_shift_some_moves_a_share_of_the_images_by_up_to_a_pixel():
+    x = torch.zeros(900, 28, 28, dtype=torch.uint8)
+    x[:, 10, 12] = 1
+    moved = shift_some(x.flatten(1), 0.5, torch.Generator().manual_seed(0)).view(-1, 28, 28)
+    assert moved.sum() == 900 and moved[:, 9:12, 11:14].sum() == 900 and x[:, 10, 12].all()
+    assert moved[:, 10, 12].sum() == 450 + 50  # (0, 0) is one of the nine moves
+    assert moved.sum(0)[9:12, 11:14].min() == 50
+    again = shift_some(x.flatten(1), 0.5, torch.Generator().manual_seed(0))
+    assert torch.equal(again, moved.flatten(1))
+
+
+def test_it_learns():
+    torch.manual_seed(0)
+    model, x = VAE(), binary_images(8)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    model.train()
+    curve = [epoch_iter(model, [x], optimizer) for _ in range(80)]
+    assert curve[0] < -500 and curve[-1] > -330  # random pixels: 784 * entropy(0.2) = 392 nats, unless memorised
+
+
+# ---------------------------------------------------------------------------------------------------- the script
+
+FILES = {"samples_start.png", "samples_half.png", "samples_end.png", "elbo.png", "reconstructions.png", "metrics.csv",
+         "results.json", "checkpoint.pt", "best.pt"}
+
+
+def png_size(path):
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG")
+    return struct.unpack(">II", content[16:24])
+
+
+def main(*args):
+    """Run main in this process -> exit status."""
+    try:
+        a3_vae.main([str(arg) for arg in args])
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+def dry_run(out_dir, data_dir, *more):
+    return main("--dry_run", "--dataset", "glyphs", "--data_dir", data_dir, "--out_dir", out_dir, "--iw_samples", 2,
+                "--batch_size", 32, *more)
+
+
+def assert_same_run(folder_a, folder_b):
+    """Both runs ended in the same state, bit for bit: weights, optimizer, random state, curves, test results."""
+    a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (folder_a, folder_b))
+    for row in a["rows"] + b["rows"]:
+        del row["seconds"], row["images_per_s"]
+    a["seconds"] = b["seconds"] = 0
+
+    def same(x, y):
+        if isinstance(x, torch.Tensor):
+            return torch.equal(x, y)
+        if isinstance(x, dict):
+            return x.keys() == y.keys() and all(same(x[key], y[key]) for key in x)
+        if isinstance(x, (list, tuple)):
+            return len(x) == len(y) and all(map(same, x, y))
+        return x == y
+    assert [key for key in a if not same(a[key], b[key])] == []
+    a, b = (json.loads((folder / "results.json").read_text()) for folder in (folder_a, folder_b))
+    assert (a["test_elbo"], a["test_log_px"], a["best_epoch"]) == (b["test_elbo"], b["test_log_px"], b["best_epoch"])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, glyphs_dir):
+    """The folder of a finished dry run with --zdim 2."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert dry_run(folder, glyphs_dir, "--zdim", 2) == 0
+    return folder
+
+
+def test_a_run_leaves_what_is_promised(finished):
+    assert {path.name for path in finished.iterdir()} == FILES | {"manifold.png"}
+    for path in finished.glob("*.png"):
+        assert min(png_size(path)) > 400, path
+    results = json.loads((finished / "results.json").read_text())
+    for key in ("dataset", "seed", "epochs", "device", "parameters", "train_seconds", "images_per_s", "peak_memory_mb",
+                "test_elbo", "test_log_px", "binarization", "iw_samples", "dataset_md5", "versions", "wall_seconds"):
+        assert results[key] is not None, key
+    assert results["dataset"] == "glyphs" and results["flags"]["zdim"] == 2 and results["test_elbo"] < 0
+    assert results["test_elbo"] < results["test_log_px"] < 0
+    with open(finished / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert list(rows[0]) == ["epoch", "train_elbo", "val_elbo", "seconds", "images_per_s", "learning_rate"]
+
+
+def test_from_another_folder_with_every_flag_then_sample(tmp_path, glyphs_dir):
+    status, stdout, stderr = run_script(
+        "a3_vae.py", "--zdim", 3, "--epochs", 1, "--batch_size", 64, "--lr", 1e-3, "--seed", 7, "--device", "cpu",
+        "--iw_samples", 0, "--dataset", "glyphs", "--data_dir", glyphs_dir, "--out_dir", "run", "--dry_run",
+        cwd=tmp_path)
+    assert status == 0, stderr
+    assert "glyphs, not MNIST" in stdout
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
+    status, stdout, stderr = run_script("a3_vae.py", "--resume", "run/checkpoint.pt", "--sample", 12,
+                                        "--out_dir", "elsewhere", cwd=tmp_path)
+    assert status == 0, stderr
+    samples = np.load(tmp_path / "elsewhere" / "samples.npz")["samples"]
+    assert samples.dtype == np.uint8 and samples.shape == (12, 28, 28) and set(np.unique(samples)) == {0, 255}
+    assert min(png_size(tmp_path / "elsewhere" / "samples.png")) > 100
+
+
+def test_load_model_gives_the_best_averaged_weights(finished):
+    best = torch.load(finished / "checkpoint.pt", weights_only=True)["best"]["model"]
+    for name in ("best.pt", "checkpoint.pt"):
+        model = load_model(finished / name)
+        assert not model.training and model.z_dim == 2
+        assert all(torch.equal(value, best[key]) for key, value in model.state_dict().items())
+
+
+def test_averaged_weights_follow_their_formula(tmp_path, glyphs_dir, monkeypatch):
+    trail = []
+    forward = VAE.forward
+
+    def spy(model, x):
+        if model.training:
+            trail.append([p.detach().clone() for p in model.parameters()])
+        return forward(model, x)
+    monkeypatch.setattr(VAE, "forward", spy)
+    assert dry_run(tmp_path, glyphs_dir) == 0
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    trail.append(list(checkpoint["model"].values()))
+    average = trail[0]
+    for n, weights in enumerate(trail[1:], 1):
+        decay = min(0.999, (1 + n) / (10 + n))
+        average = [decay * a + (1 - decay) * w for a, w in zip(average, weights)]
+    for expected, actual in zip(average, checkpoint["averaged"].values()):
+        assert torch.allclose(expected, actual, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch, number", [(2, signal.SIGINT), (3, signal.SIGTERM), (6, signal.SIGINT)])
+def test_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, glyphs_dir, monkeypatch, batch, number, capsys):
+    """A signal in the middle of an epoch, in an epoch's last batch, or in the last batch of all (3 per epoch)."""
+    calls, forward = [], VAE.forward
+
+    def interrupted(model, x):
+        calls.extend([1] * model.training)
+        if model.training and len(calls) == batch:
+            signal.raise_signal(number)
+        return forward(model, x)
+    monkeypatch.setattr(VAE, "forward", interrupted)
+    assert dry_run(tmp_path, glyphs_dir, "--zdim", 2) == 128 + number
+    assert "--resume" in capsys.readouterr().err
+    assert not (tmp_path / "results.json").exists() and len(calls) == batch
+    monkeypatch.setattr(VAE, "forward", forward)
+    assert main("--resume", tmp_path / "checkpoint.pt", "--data_dir", glyphs_dir) == 0
+    assert_same_run(tmp_path, finished)
+
+
+def test_same_seed_same_numbers_and_another_seed_others(finished, tmp_path, glyphs_dir):
+    assert dry_run(tmp_path / "same", glyphs_dir, "--zdim", 2) == 0
+    assert_same_run(tmp_path / "same", finished)
+    assert dry_run(tmp_path / "other", glyphs_dir, "--zdim", 2, "--seed", 1) == 0
+    with pytest.raises(AssertionError):
+        assert_same_run(tmp_path / "other", finished)
+
+
+def test_signals_to_a_real_process(tmp_path, glyphs_dir):
+    """SIGTERM while it trains on all glyphs, then Ctrl-C in the resumed run: each saves, and the second is further."""
+    batches = []
+    for number, args in ((signal.SIGTERM, ["--dataset", "glyphs", "--out_dir", "run"]), (signal.SIGINT, [])):
+        resume = ["--resume", "run/checkpoint.pt"] * bool(batches)
+        process = start_script("a3_vae.py", *args, *resume, "--data_dir", glyphs_dir, cwd=tmp_path)
+        while not process.stdout.readline().startswith("epoch"):  # the header: training begins
+            assert process.poll() is None, process.stderr.read()
+        with pytest.raises(Exception):  # let it train a little
+            process.wait(timeout=2)
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=60)
+        assert process.returncode == 128 + number
+        assert "--resume" in stderr and "Traceback" not in stderr
+        checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+        batches.append(checkpoint["epoch"] * 391 + len(checkpoint["losses"]))
+    assert 0 < batches[0] < batches[1]
+
+
+@pytest.mark.parametrize("args", [
+    ["--epochs", "0"], ["--epochs", "-3"], ["--epochs", "many"], ["--batch_size", "0"], ["--lr", "nan"], ["--lr", "0"],
+    ["--zdim", "0"], ["--zdim", "1000000"], ["--seed", "-1"], ["--iw_samples", "-1"], ["--dataset", "cifar"],
+    ["--device", "cuda:99"], ["--device", "toaster"], ["--sample", "5"], ["--unknown"]])
+def test_wrong_usage_exits_with_2_and_says_why(args, capsys):
+    assert main(*args) == 2
+    assert args[0] in capsys.readouterr().err
+
+
+def test_resume_refuses_flags_that_would_change_the_run(finished, glyphs_dir, capsys):
+    assert main("--resume", finished / "checkpoint.pt", "--data_dir", glyphs_dir, "--lr", 0.1, "--zdim", 20) == 2
+    assert "--zdim --lr" in capsys.readouterr().err
+
+
+def one_line(capsys):
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("a3_vae.py: error: ")
+    return err
+
+
+def test_bad_checkpoints_are_refused_in_one_line(finished, tmp_path, glyphs_dir, capsys):
+    content = (finished / "checkpoint.pt").read_bytes()
+    (tmp_path / "truncated.pt").write_bytes(content[:len(content) // 2])
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save({"script": "a3_gan"}, tmp_path / "gan.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"script": "a3_vae", "evil": pytest.raises}, tmp_path / "code.pt")  # would need to run code to load
+    for name, words in (("truncated.pt", "truncated"), ("text.pt", "corrupt"), ("gan.pt", "a3_gan.py"),
+                        ("list.pt", "not a checkpoint"), ("code.pt", "not a checkpoint"), ("none.pt", "there is no")):
+        assert main("--resume", tmp_path / name, "--data_dir", glyphs_dir) == 1
+        err = one_line(capsys)
+        assert words in err and name in err
+        with pytest.raises(datasets.InputError):
+            load_model(tmp_path / name)
+    assert main("--resume", "--out_dir", tmp_path / "nowhere") == 1
+    assert "there is no" in one_line(capsys)
+
+
+def test_resume_refuses_other_data(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(datasets, "make_glyphs", lambda n: (np.ones((n, 784), np.uint8), np.ones(n, np.uint8)))
+    assert main("--resume", finished / "checkpoint.pt", "--data_dir", tmp_path) == 1
+    assert "other data" in capsys.readouterr().err
+
+
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, glyphs_dir, monkeypatch, capsys):
+    calls, forward = [], VAE.forward
+
+    def diverging(model, x):
+        calls.append(1)
+        return forward(model, x) * (math.nan if len(calls) > 5 else 1)
+    monkeypatch.setattr(VAE, "forward", diverging)
+    assert dry_run(tmp_path, glyphs_dir) == 1  # 3 batches and a validation per epoch: the fifth call is in epoch 2
+    assert "not finite" in one_line(capsys)
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert checkpoint["epoch"] == 1 and all(p.isfinite().all() for p in checkpoint["model"].values())
+
+
+def test_full_disk_is_one_line_and_keeps_the_old_checkpoint(finished, tmp_path, glyphs_dir, monkeypatch, capsys):
+    assert dry_run(tmp_path, glyphs_dir) == 0
+    old = (tmp_path / "checkpoint.pt").read_bytes()
+    capsys.readouterr()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(datasets.os, "fsync", full)
+    assert dry_run(tmp_path, glyphs_dir, "--seed", 1) == 1
+    assert "No space left" in one_line(capsys)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == old and not list(tmp_path.glob("*.tmp"))
+
+
+def test_elbo_plot_as_the_template_calls_it(tmp_path):
+    a3_vae.save_elbo_plot([-200.0, -110.0], [-150.0, -105.0], str(tmp_path / "elbo.png"))
+    assert min(png_size(tmp_path / "elbo.png")) > 400
+
+
+def test_manifold_covers_the_prior_by_its_percent_points(tmp_path):
+    seen = []
+
+    class Spy(VAE):
+        def __init__(self):
+            super().__init__(z_dim=2)
+            self.decoder.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    a3_vae.save_manifold(Spy(), tmp_path / "manifold.png", n=20)
+    u = stats.norm.cdf(seen[0].view(20, 20, 2))
+    assert u[0, :, 0] == pytest.approx(np.linspace(0.01, 0.99, 20), abs=1e-6)  # z1 grows to the right
+    assert u[:, 0, 1] == pytest.approx(np.linspace(0.99, 0.01, 20), abs=1e-6)  # z2 grows upwards
+
+
+def test_torch_distributions_is_not_used():
+    assert "torch.distributions" not in open(a3_vae.__file__).read()
+
+
+@needs_mnist
+def test_one_epoch_on_real_mnist(tmp_path):
+    status, stdout, stderr = run_script("a3_vae.py", "--epochs", 1, "--iw_samples", 0, "--dataset", "mnist",
+                                        "--data_dir", mnist_dir(), "--out_dir", tmp_path, cwd=tmp_path)
+    assert status == 0, stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["dataset"] == "mnist" and -130 < results["test_elbo"] < -90
+    assert results["images_per_s"] > 500
