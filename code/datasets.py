@@ -189,11 +189,11 @@ def download_mnist(data_dir):
     from torchvision.datasets import MNIST  # takes seconds to import, and is needed only here
 
     raw = data_dir / "MNIST" / "raw"
+    print(f"downloading MNIST into {raw} ...")
     timeout = socket.getdefaulttimeout()
     try:
         raw.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=data_dir) as folder, contextlib.redirect_stdout(io.StringIO()):
-            print("downloading MNIST ...", file=sys.stderr)
             socket.setdefaulttimeout(20)  # urllib's own is to wait for ever
             MNIST(folder, download=True)
             for name in MNIST_MD5:
@@ -238,7 +238,7 @@ def load_glyphs(data_dir):
         with np.load(path) as cache:
             images, labels = cache["images"], cache["labels"]
     except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile):  # none yet, or a bad one
-        print("making the glyphs, once (about 10 seconds) ...", file=sys.stderr)
+        print("making the glyphs, once (about 10 seconds) ...")
         images, labels = make_glyphs(N_TRAIN + N_VAL + N_TEST)
         with contextlib.suppress(InputError):  # a read-only folder only costs the time to make them again
             write_atomic(path, lambda file: np.savez_compressed(file, images=images, labels=labels))
