@@ -139,11 +139,12 @@ def find(path):
 
 
 def read(path):
-    """The uncompressed content of a file that `find` returned."""
+    """The uncompressed content of a file that `find` returned. Raises InputError if it cannot be read."""
     try:
         return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"{path} is corrupt ({error}): delete it, and run again or put a good copy there") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path} is corrupt or cannot be read ({error}): delete it, and run again or put a good copy "
+                         f"there") from None
 
 
 def make_dataset(name, splits, binarization=None):
@@ -185,13 +186,12 @@ def load_mnist(data_dir):
 
 
 def download_mnist(data_dir):
-    """Fetch the .gz files with torchvision, into a temporary folder first: all of them or none appear."""
-    from torchvision.datasets import MNIST  # takes seconds to import, and is needed only here
-
+    """Fetch the files with torchvision, into a temporary folder first: what broke off leaves nothing behind."""
     raw = data_dir / "MNIST" / "raw"
     print(f"downloading MNIST into {raw} ...")
     timeout = socket.getdefaulttimeout()
     try:
+        from torchvision.datasets import MNIST  # takes seconds to import, and is needed only here
         raw.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=data_dir) as folder, contextlib.redirect_stdout(io.StringIO()):
             socket.setdefaulttimeout(20)  # urllib's own is to wait for ever
@@ -199,8 +199,8 @@ def download_mnist(data_dir):
             for name in MNIST_MD5:
                 if not find(raw / name):
                     shutil.move(find(Path(folder) / "MNIST" / "raw" / name), raw)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1]
+    except Exception as error:  # of the network, a proxy, the disk, torchvision
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise Unavailable(f"MNIST is not in {raw} and cannot be downloaded ({reason}): put its four files there "
                           f"(raw or .gz), or name a folder that has MNIST/raw/ with --data_dir, "
                           f"or use --dataset glyphs") from None
@@ -216,7 +216,7 @@ def read_amat(path, n_rows):
                          f"or remove the folder to have MNIST binarized from a fixed seed")
     text = np.frombuffer(read(found), np.uint8)
     pixels = text[::2] - ord("0")  # a digit and a separator in turn; wraps round to over 1 for anything else
-    if len(text) != n_rows * 784 * 2 or pixels.max() > 1:
+    if len(text) != n_rows * 784 * 2 or pixels.max() > 1 or text[1::2].max() > ord(" "):
         raise InputError(f"{found} is corrupt or truncated (it is not {n_rows} rows of 784 zeros and ones): "
                          f"delete it, or put a good copy there")
     return torch.from_numpy(pixels.reshape(n_rows, 784))
@@ -237,6 +237,8 @@ def load_glyphs(data_dir):
     try:
         with np.load(path) as cache:
             images, labels = cache["images"], cache["labels"]
+        if images.shape != (N_TRAIN + N_VAL + N_TEST, 784):
+            raise ValueError
     except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile):  # none yet, or a bad one
         print("making the glyphs, once (about 10 seconds) ...")
         images, labels = make_glyphs(N_TRAIN + N_VAL + N_TEST)

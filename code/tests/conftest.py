@@ -14,7 +14,7 @@ sys.path.insert(0, str(CODE))
 def mnist_dir():
     """The folder with MNIST and Larochelle's binarization that $A3_DATA_DIR names, or None."""
     folder = os.environ.get("A3_DATA_DIR")
-    return Path(folder) if folder and (Path(folder) / "MNIST" / "raw").is_dir() else None
+    return Path(folder).resolve() if folder and (Path(folder) / "MNIST" / "raw").is_dir() else None
 
 
 needs_mnist = pytest.mark.skipif(mnist_dir() is None, reason="A3_DATA_DIR does not name a folder with MNIST/raw")
