@@ -379,7 +379,8 @@ def run(args, checkpoint):
     print(f"{data.name}{note}, binarization: {data.binarization}; {len(train)} training images\n"
           f"VAE{note} with z_dim {args.zdim}, {n_parameters / 1e6:.2f}M parameters, on {device}; output in {out_dir}\n"
           f"epoch  train ELBO    val ELBO  seconds  images/s  learning rate")
-    bar = tqdm(total=args.epochs * n_batches, initial=len(rows) * n_batches + len(losses), disable=None)
+    done = len(rows) * n_batches + len(losses)
+    bar = tqdm(total=args.epochs * n_batches, initial=done, unit="batch", disable=None)  # None: not in a log file
     on_signals(lambda number, frame: signals.append(number))  # on_step looks, when a batch is done
     try:
         for epoch in range(len(rows) + 1, args.epochs + 1):
@@ -452,7 +453,6 @@ def save_sample_files(args, checkpoint):
 
 
 def main(argv=None):
-    sys.stdout.reconfigure(line_buffering=True)  # so that a log file can be followed
     on_signals()
     try:
         args, checkpoint = parse_args(argv)
@@ -522,4 +522,5 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # so that a log file can be followed
     main()
