@@ -226,10 +226,11 @@ def image_grid(images, columns):
 
 def save_images(panels, filename, title, columns=8):
     """Draw panels, {caption: images [N, 784] in [0, 1]}, side by side."""
-    figure = Figure(figsize=(3.3 * len(panels), 3.8), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (caption, images) in zip(axes, panels.items()):
-        axis.imshow(image_grid(images, columns), cmap="gray_r", vmin=0, vmax=1)
+    grids = [image_grid(images, columns) for images in panels.values()]
+    height, width = grids[0].shape
+    figure = Figure(figsize=(3.3 * len(panels), 3.3 * height / width + 0.5), layout="constrained")
+    for axis, grid, caption in zip(figure.subplots(1, len(panels), squeeze=False)[0], grids, panels):
+        axis.imshow(grid, cmap="gray_r", vmin=0, vmax=1)
         axis.set_title(caption, fontsize=9)
         axis.axis("off")
     figure.suptitle(title, fontsize=11)
@@ -247,7 +248,7 @@ def save_reconstructions(model, x, filename, note=""):
     """Images x [50, 784] in five rows, each above the row of its reconstructions, from the posterior's mean."""
     recon = model.decoder(model.encoder(x.float())[0])
     pairs = torch.stack([x.view(5, 10, 784), recon.view(5, 10, 784)], dim=1).view(100, 784)
-    save_images({"below each row of images: its reconstructions": pairs}, filename, f"Validation images{note}", columns=10)
+    save_images({"below each row of images: its reconstructions": pairs}, filename, f"Validation images{note}", 10)
 
 
 @torch.no_grad()
@@ -355,7 +356,8 @@ def run(args, checkpoint):
         content = {
             "script": SCRIPT, "flags": flags, "md5": data.md5, "epoch": len(rows), "rows": rows, "best": best,
             "device": device.type, "losses": [(float(loss), size) for loss, size in losses], "seconds": seconds,
-            "rng": torch.get_rng_state(), "device_rng": None if device.type == "cpu" else on_device.get_rng_state(device),
+            "rng": torch.get_rng_state(),
+            "device_rng": None if device.type == "cpu" else on_device.get_rng_state(device),
             **{name: part.state_dict() for name, part in state.items()}}
         write_atomic(out_dir / "checkpoint.pt", lambda file: torch.save(content, file))
         if best and best["epoch"] == len(rows) and not losses:
@@ -436,8 +438,9 @@ def run(args, checkpoint):
         "versions": {"python": platform.python_version(), "torch": torch.__version__}}
     write_atomic(out_dir / "results.json", lambda file: file.write((json.dumps(results, indent=2) + "\n").encode()))
     log_px = f"; log p(x) >= {scores['test_log_px']:.2f} (k = {args.iw_samples})" if args.iw_samples else ""
-    print(f"test, nats per image{note}: ELBO {scores['test_elbo']:.2f} = log p(x|z) {scores['test_log_p_x_given_z']:.2f} "
-          f"- KL {scores['test_kl']:.2f}{log_px}; weights of epoch {best['epoch']}")
+    print(f"test, nats per image{note}: ELBO {scores['test_elbo']:.2f} = "
+          f"log p(x|z) {scores['test_log_p_x_given_z']:.2f} - KL {scores['test_kl']:.2f}{log_px}; "
+          f"weights of epoch {best['epoch']}")
 
 
 def save_sample_files(args, checkpoint):
@@ -449,7 +452,7 @@ def save_sample_files(args, checkpoint):
     write_atomic(args.out_dir / "samples.npz", lambda file: np.savez_compressed(
         file, samples=samples.view(-1, 28, 28).numpy(), means=means.view(-1, 28, 28).numpy()))
     save_images({"Bernoulli draws": samples[:100] / 255, "means": means[:100] / 255}, args.out_dir / "samples.png",
-                f"Samples{label(checkpoint['flags']['dataset'])}", columns=10)
+                f"Samples{label(checkpoint['flags']['dataset'])}", columns=min(10, args.sample))
 
 
 def main(argv=None):
