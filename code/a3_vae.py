@@ -274,7 +274,8 @@ def read_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # so that a file cannot run code
         script = checkpoint["script"]
-        if script == SCRIPT:  # do the weights fit?
+        if script == SCRIPT:  # are all flags there, and do the weights fit?
+            checkpoint["flags"] = {name: checkpoint["flags"][name] for name in FLAGS}
             VAE(z_dim=checkpoint["flags"]["zdim"]).load_state_dict(checkpoint["model"])
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}: name the checkpoint.pt of a run") from None
@@ -351,6 +352,7 @@ def run(args, checkpoint):
         torch.set_rng_state(checkpoint["rng"])
         if device.type != "cpu" and checkpoint["device"] == device.type:
             on_device.set_rng_state(checkpoint["device_rng"], device)
+        wall_start -= seconds + sum(row["seconds"] for row in rows)  # those of the processes before
 
     def save():
         content = {
@@ -359,12 +361,12 @@ def run(args, checkpoint):
             "rng": torch.get_rng_state(),
             "device_rng": None if device.type == "cpu" else on_device.get_rng_state(device),
             **{name: part.state_dict() for name, part in state.items()}}
-        write_atomic(out_dir / "checkpoint.pt", lambda file: torch.save(content, file))
         if best and best["epoch"] == len(rows) and not losses:
             write_atomic(out_dir / "best.pt", lambda file: torch.save(content, file))
         table = [list(row) for row in rows[:1]] + [[f"{value:.8g}" for value in row.values()] for row in rows]
         text = "".join(",".join(line) + "\n" for line in table)
         write_atomic(out_dir / "metrics.csv", lambda file: file.write(text.encode()))
+        write_atomic(out_dir / "checkpoint.pt", lambda file: torch.save(content, file))  # last: the others are there
 
     def on_step():
         schedule.step()
@@ -518,7 +520,7 @@ def parse_args(argv=None):
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros(1, device=args.device)
+        torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
     return args, checkpoint

@@ -405,7 +405,7 @@ def test_signals_to_a_real_process(tmp_path, glyphs_dir):
 @pytest.mark.parametrize("args", [
     ["--epochs", "0"], ["--epochs", "-3"], ["--epochs", "many"], ["--batch_size", "0"], ["--lr", "nan"], ["--lr", "0"],
     ["--zdim", "0"], ["--zdim", "1000000"], ["--seed", "-1"], ["--iw_samples", "-1"], ["--dataset", "cifar"],
-    ["--device", "cuda:99"], ["--device", "toaster"], ["--sample", "5"], ["--unknown"]])
+    ["--device", "cuda:99"], ["--device", "toaster"], ["--device", "meta"], ["--sample", "5"], ["--unknown"]])
 def test_wrong_usage_exits_with_2_and_says_why(args, capsys):
     assert main(*args) == 2
     assert args[0] in capsys.readouterr().err
