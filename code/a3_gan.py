@@ -1,0 +1,651 @@
+"""Generative adversarial network on MNIST (hand-out questions 2.5 to 2.7).
+
+    python a3_gan.py --n_epochs 200     # figures and results in report/figures/gan
+    python a3_gan.py --n_epochs 20      # in a tenth of the time, not as good
+
+Expect, after 200 epochs: Frechet distance 0.97 to the test images (10,000 training images: 0.71), coverage 0.93 (0.95),
+all ten digits. One run (seed 42), 42 minutes in all on two cores of an EPYC.
+Sources: Goodfellow et al. (2014), Generative Adversarial Nets; Mescheder et al. (2018) for the gradient penalty; Yazici
+et al. (2019) for the averaged generator, from which all samples are; Heusel et al. (2017) for the Frechet distance and
+for two learning rates; Naeem et al. (2020) for coverage. Both metrics use the features of a LeNet-5 trained on the
+digits, so they compare runs of this script, and not with figures from an Inception network.
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import math
+import platform
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from matplotlib.figure import Figure  # not pyplot: files only, no display
+from tqdm import tqdm
+
+from datasets import InputError, Split, label, load, resolve_data_dir, write_atomic
+
+EMA_DECAY = 0.9999  # of the averaged generator, per update
+R1_GAMMA, R1_EVERY = 3.0, 16  # strength of the gradient penalty; it is computed in one batch of so many
+FID_EVERY = 5  # epochs
+SCRIPT = "a3_gan"
+FLAGS = ("latent_dim", "epochs", "batch_size", "lr", "seed", "save_interval", "dataset", "dry_run")  # kept with a run
+
+
+# ----------------------------------------------------------------------------------------------------------- model
+
+class Generator(nn.Module):
+    def __init__(self, latent_dim=100):
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.net = nn.Sequential(
+            nn.Linear(latent_dim, 256, bias=False), nn.BatchNorm1d(256), nn.ReLU(),
+            nn.Linear(256, 64 * 7 * 7, bias=False), nn.BatchNorm1d(64 * 7 * 7), nn.ReLU(),
+            nn.Unflatten(1, (64, 7, 7)),
+            nn.Conv2d(64, 4 * 16, 3, padding=1, bias=False), nn.PixelShuffle(2),  # [B, 16, 14, 14]
+            nn.BatchNorm2d(16), nn.ReLU(),
+            nn.Conv2d(16, 4, 3, padding=1), nn.PixelShuffle(2), nn.Tanh(),        # [B, 1, 28, 28]
+        )
+
+    def forward(self, z):
+        """z [B, latent_dim] -> images [B, 1, 28, 28] in [-1, 1]."""
+        return self.net(z)
+
+
+class Discriminator(nn.Module):
+    """The score is the logit of D(x), the probability that x is real: D(x) = sigmoid(score)."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 16, 4, stride=2, padding=1), nn.LeakyReLU(0.2),   # [B, 16, 14, 14]
+            nn.Conv2d(16, 32, 4, stride=2, padding=1), nn.LeakyReLU(0.2),  # [B, 32, 7, 7]
+            nn.Flatten(),
+            nn.Linear(32 * 7 * 7, 128), nn.LeakyReLU(0.2),
+            nn.Linear(128, 1),
+        )
+
+    def forward(self, img):
+        """img [B, 1, 28, 28] in [-1, 1] -> scores [B, 1], real numbers."""
+        return self.net(img)
+
+
+def discriminator_loss(real_scores, fake_scores):
+    """-E log D(x) - E log(1 - D(G(z))), equation 15 with its sign changed: scores [B, 1] each -> a scalar, nats.
+
+    At equilibrium, where D is 1/2 everywhere, it is log 4 (question 2.3).
+    """
+    return F.softplus(-real_scores).mean() + F.softplus(fake_scores).mean()  # -log sigmoid(s) = softplus(-s)
+
+
+def generator_loss(fake_scores):
+    """-E log D(G(z)), the non-saturating loss (question 2.4): scores [B, 1] -> a scalar, log 2 at equilibrium."""
+    return F.softplus(-fake_scores).mean()
+
+
+def gradient_penalty(discriminator, images):
+    """E |d score / d x|^2 over real images, a scalar: R1 of Mescheder et al. (2018), without its factor gamma / 2.
+
+    Without it the discriminator comes to know the training images by heart, and the samples get worse again.
+    """
+    images = images.detach().requires_grad_()
+    gradient, = torch.autograd.grad(discriminator(images).sum(), images, create_graph=True)  # [B, 1, 28, 28]
+    return gradient.square().sum((1, 2, 3)).mean()  # over pixels, over the batch
+
+
+def to_images(pixels):
+    """uint8 [B, 784] -> [B, 1, 28, 28] in [-1, 1]."""
+    return pixels.view(-1, 1, 28, 28).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def generate(generator, z):
+    """Noise z [N, latent_dim] -> pixels uint8 [N, 784], both on the CPU, by a generator in eval mode anywhere."""
+    device = next(generator.parameters()).device
+    images = (generator(batch.to(device)) for batch in z.split(1000))  # [1000, 1, 28, 28]
+    return torch.cat([(127.5 * (x + 1)).round().byte().flatten(1).cpu() for x in images])
+
+
+def noise(n, latent_dim, seed):
+    """n draws of z ~ N(0, I), [n, latent_dim], the same ones for the same seed."""
+    return torch.randn(n, latent_dim, generator=torch.Generator().manual_seed(seed))
+
+
+# ----------------------------------------------------------------------------------------- training and evaluation
+
+def train(dataloader, discriminator, generator, optimizer_G, optimizer_D, on_step=None, losses=None):
+    """One epoch: for each batch an update of the discriminator, then one of the generator.
+
+    `dataloader` is any iterable of batches of images [B, 1, 28, 28] in [-1, 1], alone or with their labels, which are
+    not used. on_step() is called after each pair of updates. `losses` gets (loss_D, loss_G, batch size) of each batch,
+    behind those of an interrupted epoch that this one completes. Returns both losses, averaged over images, loss_D
+    without the gradient penalty.
+    """
+    losses = [] if losses is None else losses
+    device = next(generator.parameters()).device
+    generator.train()
+    discriminator.train().requires_grad_(True)
+    for batch in dataloader:
+        images = (batch[0] if isinstance(batch, (list, tuple)) else batch).to(device)
+        fake = generator(torch.randn(len(images), generator.latent_dim, device=device))
+
+        both = torch.cat([images, fake.detach()])  # detached: this step is the discriminator's
+        real_scores, fake_scores = discriminator(both).chunk(2)
+        loss_D = discriminator_loss(real_scores, fake_scores)
+        penalty = 0
+        if len(losses) % R1_EVERY == 0:  # seldom but as much stronger, for speed: Karras et al. (2020)
+            penalty = R1_GAMMA / 2 * R1_EVERY * gradient_penalty(discriminator, images)
+        optimizer_D.zero_grad()
+        (loss_D + penalty).backward()
+        optimizer_D.step()
+
+        discriminator.requires_grad_(False)  # this step is the generator's, against the updated discriminator
+        loss_G = generator_loss(discriminator(fake))
+        optimizer_G.zero_grad()
+        loss_G.backward()
+        optimizer_G.step()
+        discriminator.requires_grad_(True)
+
+        losses.append((loss_D.detach(), loss_G.detach(), len(images)))  # no .item(): a GPU need not wait for the CPU
+        if on_step:
+            on_step()
+    n_images = sum(size for *_, size in losses)
+    return tuple(sum(float(batch[i]) * batch[2] for batch in losses) / n_images for i in (0, 1))
+
+
+class Classifier(nn.Module):
+    """LeNet-5 (LeCun et al. 1998) with ReLU and max-pooling. It only measures samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2),   # [B, 6, 12, 12]
+            nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),  # [B, 16, 4, 4]
+            nn.Flatten(), nn.Linear(256, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(),
+        )
+        self.logits = nn.Linear(84, 10)
+
+    def forward(self, images):
+        """[B, 1, 28, 28] in [-1, 1] -> logits of the ten digits, [B, 10]."""
+        return self.logits(self.features(images))
+
+    @torch.no_grad()
+    def measure(self, pixels):
+        """uint8 [N, 784] -> features [N, 84] and probabilities of the digits [N, 10], on the CPU."""
+        device = self.logits.weight.device
+        features = torch.cat([self.features(to_images(batch.to(device))) for batch in pixels.split(1000)])
+        return features.cpu(), self.logits(features).softmax(1).cpu()
+
+
+def load_classifier(data, data_dir):
+    """The classifier of this data, from `data_dir` if it is there; else trained, and kept there if possible.
+
+    Trained on the CPU from a fixed seed, whatever the run's device and seed are. Reseeds the global generator.
+    """
+    path = resolve_data_dir(data_dir) / f"classifier_{data.name}.pt"
+    classifier = Classifier()
+    try:
+        cached = torch.load(path, weights_only=True)
+        classifier.load_state_dict(cached["model"])
+        if cached["md5"] == data.md5:
+            return classifier
+    except Exception:  # none yet, or a bad one: torch raises a dozen kinds
+        pass
+    print(f"training the classifier that measures the samples, once (about 10 seconds) ...{label(data.name)}")
+    torch.manual_seed(0)
+    classifier, epochs, batch_size = Classifier(), 5, 128
+    optimizer = torch.optim.AdamW(classifier.parameters(), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 5e-3, total_steps=epochs * math.ceil(len(data.train.images) / batch_size))
+    for _ in range(epochs):
+        for indices in torch.randperm(len(data.train.images)).split(batch_size):
+            logits = classifier(to_images(data.train.images[indices]))
+            loss = F.cross_entropy(logits, data.train.labels[indices].long())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    with contextlib.suppress(InputError):  # a read-only folder only costs the time to train it again
+        content = {"md5": data.md5, "model": classifier.state_dict()}
+        write_atomic(path, lambda file: torch.save(content, file))
+    return classifier
+
+
+def frechet_distance(a, b):
+    """|mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of features a, b [N, d], S their covariances.
+
+    Heusel et al. (2017), equation 6. S_a S_b is similar to a positive semidefinite matrix, so the trace of its root
+    is the sum of the roots of its eigenvalues.
+    """
+    a, b = a.double().numpy(), b.double().numpy()
+    S_a, S_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    trace_root = np.sqrt(np.linalg.eigvals(S_a @ S_b).real.clip(min=0)).sum()
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(S_a) + np.trace(S_b) - 2 * trace_root)
+
+
+def coverage(real, fake, k=5):
+    """Share of the real features [N, d] with a fake one nearer than their k-th nearest real neighbour.
+
+    Naeem et al. (2020). For two equal distributions and as many samples of each it is 1 - 2^-k on average.
+    """
+    covered = 0
+    for batch in real.split(1000):
+        radius = torch.cdist(batch, real).kthvalue(k + 1, dim=1).values  # the nearest one is itself
+        covered += (torch.cdist(batch, fake).min(dim=1).values < radius).sum().item()
+    return covered / len(real)
+
+
+def nearest_distance(pixels, train_pixels):
+    """Distance of each image [N, 784] to the nearest training image, [N]: root of the summed squares, white is 1."""
+    train_images = train_pixels.float() / 255
+    return torch.cat([torch.cdist(batch / 255, train_images).min(dim=1).values for batch in pixels.float().split(250)])
+
+
+def evaluate(generator, classifier, data):
+    """Measure as many samples as there are test images, 10,000, from noise that was not used before.
+
+    The same distance and coverage of as many training images say what to hope for, and the same distance of the test
+    images to their nearest training images what a sample that is no copy has. These distances are of every fifth.
+    """
+    pixels = generate(generator, noise(len(data.test.images), generator.latent_dim, seed=1))
+    fake, probabilities = classifier.measure(pixels)
+    real, real_probabilities = classifier.measure(data.test.images)
+    other = classifier.measure(data.train.images[:len(pixels)])[0]
+    shares = torch.bincount(probabilities.argmax(1), minlength=10) / len(pixels)
+    entropy = torch.special.entr  # -p log p
+    mutual_information = entropy(probabilities.mean(0)).sum() - entropy(probabilities).sum(1).mean()  # nats
+    correct = real_probabilities.argmax(1) == data.test.labels
+    near, near_test = (nearest_distance(x[::5], data.train.images) for x in (pixels, data.test.images))
+    return {
+        "fid": frechet_distance(fake, real), "fid_floor": frechet_distance(other, real),
+        "coverage": coverage(real, fake), "coverage_of_training_images": coverage(real, other),
+        "class_shares": [round(share, 4) for share in shares.tolist()],
+        "classifier_confidence": probabilities.max(1).values.mean().item(),
+        "classifier_score": mutual_information.exp().item(),  # as the Inception score: 1 to 10
+        "classifier_test_accuracy": correct.double().mean().item(),
+        "nearest_train_distance": near.median().item(), "nearest_train_distance_min": near.min().item(),
+        "nearest_train_distance_of_test": near_test.median().item(),
+        "nearest_train_distance_of_test_min": near_test.min().item()}
+
+
+def slerp(start, end, n=9):
+    """n points [n, d] from start [d] to end [d], both included, by equal angles (Shoemake 1985).
+
+    They are about as far from the origin as draws of N(0, I) are; a straight line would pass nearer to it.
+    """
+    angle = torch.acos(F.cosine_similarity(start, end, dim=0))
+    weight = torch.sin(torch.linspace(0, 1, n) * angle).unsqueeze(1)  # [n, 1]
+    weight = weight / weight[-1]  # from 0 to 1, exactly
+    return weight.flip(0) * start + weight * end
+
+
+# --------------------------------------------------------------------------------------------------------- figures
+
+def save_curves(rows, filename, fid_floor, note=""):
+    """Losses of each epoch with their values at equilibrium, and the Frechet distance on validation data."""
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in rows]
+    for key, name, style, equilibrium, text in (("loss_D", "discriminator", "-", math.log(4), "log 4"),
+                                                ("loss_G", "generator", "--", math.log(2), "log 2")):
+        line, = left.plot(epochs, [row[key] for row in rows], style, marker="." * (len(rows) == 1),
+                          label=f"{name} (last {rows[-1][key]:.3f})")
+        left.axhline(equilibrium, color=line.get_color(), linestyle=":", label=f"{text} = {equilibrium:.3f}")
+    left.set(xlabel="epoch", ylabel="loss (nats)", title=f"Losses, and their values at equilibrium{note}")
+    measured = [row for row in rows if row["val_fid"] is not None]
+    right.semilogy([row["epoch"] for row in measured], [row["val_fid"] for row in measured], ".-",
+                   label=f"averaged generator (best {min(row['val_fid'] for row in measured):.2f})")
+    right.axhline(fid_floor, color="black", linestyle=":", label=f"training images ({fid_floor:.2f})")
+    right.set(xlabel="epoch", title=f"Fréchet distance to validation images{note}")
+    right.yaxis.set_major_formatter("{x:g}")
+    right.yaxis.set_minor_formatter("{x:g}")
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    write_atomic(filename, lambda file: figure.savefig(file, format="png", dpi=200, bbox_inches="tight"))
+
+
+def save_images(pixels, filename, title, columns, captions=()):
+    """Draw pixels uint8 [N, 784], `columns` of them side by side, with captions under the columns."""
+    blank = F.pad(pixels, (0, 0, 0, -len(pixels) % columns))  # fills the last row
+    grid = F.pad(blank.view(-1, columns, 28, 28), (1, 1, 1, 1), value=50)  # [rows, columns, 30, 30]
+    grid = grid.transpose(1, 2).flatten(2).flatten(0, 1).numpy()  # [rows * 30, columns * 30]
+    height, width = grid.shape
+    figure = Figure(figsize=(width / 45, height / 45 + 0.5), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(grid, cmap="gray_r", vmin=0, vmax=255)
+    axes.set_xticks([30 * i + 14.5 for i in range(len(captions))], captions)
+    axes.set_yticks([])
+    axes.tick_params(length=0)
+    axes.set_frame_on(False)
+    figure.suptitle(title, fontsize=11)
+    write_atomic(filename, lambda file: figure.savefig(file, format="png", dpi=200, bbox_inches="tight"))
+
+
+def save_samples(generator, filename, title):
+    """25 samples, from the same noise at every call (question 2.6)."""
+    save_images(generate(generator, noise(25, generator.latent_dim, seed=0)), filename, title, columns=5)
+
+
+def save_interpolation(generator, classifier, filename, note=""):
+    """Nine images on the great circle between two samples of different digits (question 2.7).
+
+    The ends: of 1000 samples that of which the classifier is surest, and that which is most surely another digit.
+    Returns the digits and the classifier's probabilities of them, for results.json.
+    """
+    z = noise(1000, generator.latent_dim, seed=2)
+    left = classifier.measure(generate(generator, z))[1].clone()  # [1000, 10], probabilities
+    ends, digits, sure = [], [], []
+    for _ in range(2):
+        i, digit = divmod(left.argmax().item(), 10)
+        ends, digits, sure = ends + [z[i]], digits + [digit], sure + [left[i, digit].item()]
+        left[i] = left[:, digit] = 0  # the other end is another sample, and another digit
+    save_images(generate(generator, slerp(*ends)), filename,
+                f"From a {digits[0]} (p = {sure[0]:.3f}) to a {digits[1]} (p = {sure[1]:.3f}), spherical interpolation"
+                f"{note}", columns=9, captions=[f"t = {k}/8" for k in range(9)])
+    return {"path": "spherical", "digits": digits, "probabilities": sure}
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoint
+
+def read_checkpoint(path):
+    """The dictionary in a checkpoint, on the CPU. Raises InputError if it is missing, broken or another script's."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # so that a file cannot run code
+        script = checkpoint["script"]
+        if script == SCRIPT:  # are all flags there, and do the weights fit?
+            checkpoint["flags"] = {name: checkpoint["flags"][name] for name in FLAGS}
+            Generator(checkpoint["flags"]["latent_dim"]).load_state_dict(checkpoint["generator"])
+            Discriminator().load_state_dict(checkpoint["discriminator"])
+            Classifier().load_state_dict(checkpoint["classifier"])
+    except FileNotFoundError:
+        raise InputError(f"there is no checkpoint {path}: name the checkpoint.pt of a run") from None
+    except Exception as error:  # torch raises a dozen kinds
+        raise InputError(f"{path} is not a checkpoint of this version of {SCRIPT}.py, or is truncated or corrupt "
+                         f"({type(error).__name__})") from None
+    if script != SCRIPT:
+        raise InputError(f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")
+    return checkpoint
+
+
+def load_model(checkpoint, device="cpu"):
+    """The generator (averaged weights of the best epoch so far) in eval mode, from a run's checkpoint.pt or best.pt."""
+    content = read_checkpoint(checkpoint)
+    model = Generator(content["flags"]["latent_dim"])
+    model.load_state_dict(content["best"]["model"] if content["best"] else content["averaged"])
+    return model.to(device).eval()
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+
+def on_signals(handler=lambda number, frame: sys.exit(128 + number)):
+    """Have Ctrl-C and SIGTERM call the handler; by default they end the program with the shell's exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def default_out_dir(dataset):
+    name = "gan" + ("" if dataset == "mnist" else f"_{dataset}")
+    return Path(__file__).resolve().parents[1] / "report" / "figures" / name
+
+
+def peak_memory_mb():
+    """The most memory that this process has had, or None where the system does not tell (Windows)."""
+    with contextlib.suppress(ImportError):
+        import resource
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak // (2 ** 20 if sys.platform == "darwin" else 2 ** 10)  # macOS counts bytes, Linux kB
+
+
+def run(args, checkpoint):
+    """Train, from the start or from `checkpoint`; then measure the best generator on the test set, and draw it."""
+    wall_start, device = time.time(), torch.device(args.device)
+    on_device = getattr(torch, device.type)  # torch.cuda or torch.mps, for their random states
+    data = load(args.dataset, args.data_dir)
+    if checkpoint and checkpoint["md5"] != data.md5:
+        raise InputError(f"the checkpoint is of other data ({checkpoint['flags']['dataset']}, MD5 {checkpoint['md5']}) "
+                         f"than this ({data.name}, MD5 {data.md5}): see --data_dir")
+    note, out_dir = label(data.name), args.out_dir or default_out_dir(data.name)
+    flags = {name: getattr(args, name) for name in FLAGS} | {"dataset": data.name}
+    old = out_dir / "results.json"
+    if data.name != "mnist" and old.exists() and '"dataset": "mnist"' in old.read_text():
+        raise InputError(f"{out_dir} has results on MNIST, which {data.name} must not replace: name another --out_dir")
+    classifier = load_classifier(data, args.data_dir).to(device)
+    if args.dry_run:
+        data = data._replace(train=Split(*(x[:3 * args.batch_size] for x in data.train)),
+                             val=Split(*(x[:200] for x in data.val)), test=Split(*(x[:200] for x in data.test)))
+    train_images = data.train.images.to(device)
+
+    torch.manual_seed(args.seed)
+    generator, discriminator = Generator(args.latent_dim).to(device), Discriminator().to(device)
+    n_parameters = [sum(p.numel() for p in model.parameters()) for model in (generator, discriminator)]
+    averaged = copy.deepcopy(generator).requires_grad_(False).eval()
+    n_batches = len(train_images) // args.batch_size  # the last, smaller one is left out: it would upset the batch norm
+    optimizer_G = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.0, 0.99), fused=True)
+    optimizer_D = torch.optim.Adam(discriminator.parameters(), args.lr / 4, betas=(0.0, 0.99), fused=True)
+    schedule_G, schedule_D = (torch.optim.lr_scheduler.LambdaLR(  # constant, and from halfway on linearly to zero
+        optimizer, lambda n: min(1, 2 - 2 * n / (args.epochs * n_batches))) for optimizer in (optimizer_G, optimizer_D))
+    state = {"generator": generator, "discriminator": discriminator, "averaged": averaged, "classifier": classifier,
+             "optimizer_G": optimizer_G, "optimizer_D": optimizer_D, "schedule_G": schedule_G, "schedule_D": schedule_D}
+    rows, best = [], None  # of metrics.csv; the averaged weights with the best Frechet distance on validation data
+    losses, seconds, signals = [], 0.0, []  # of the running epoch
+    save_samples(averaged, out_dir / "samples_start.png", f"Samples before training{note}")
+    if checkpoint:
+        for name, part in state.items():
+            part.load_state_dict(checkpoint[name])
+        rows, best, losses, seconds = (checkpoint[key] for key in ("rows", "best", "losses", "seconds"))
+        torch.set_rng_state(checkpoint["rng"])
+        if device.type != "cpu" and checkpoint["device"] == device.type:
+            on_device.set_rng_state(checkpoint["device_rng"], device)
+        wall_start -= seconds + sum(row["seconds"] for row in rows)  # those of the processes before
+    z = noise(len(data.val.images), args.latent_dim, seed=0)
+    val_features = classifier.measure(data.val.images)[0]
+    val_floor = frechet_distance(classifier.measure(data.train.images[:len(z)])[0], val_features)
+
+    def save():
+        content = {
+            "script": SCRIPT, "flags": flags, "md5": data.md5, "epoch": len(rows), "rows": rows, "best": best,
+            "device": device.type, "losses": [(float(D), float(G), size) for D, G, size in losses], "seconds": seconds,
+            "rng": torch.get_rng_state(),
+            "device_rng": None if device.type == "cpu" else on_device.get_rng_state(device),
+            **{name: part.state_dict() for name, part in state.items()}}
+        if best and best["epoch"] == len(rows) and not losses:
+            write_atomic(out_dir / "best.pt", lambda file: torch.save(content, file))
+        table = [list(row) for row in rows[:1]] + [
+            ["" if value is None else f"{value:.8g}" for value in row.values()] for row in rows]
+        text = "".join(",".join(line) + "\n" for line in table)
+        write_atomic(out_dir / "metrics.csv", lambda file: file.write(text.encode()))
+        write_atomic(out_dir / "checkpoint.pt", lambda file: torch.save(content, file))  # last: the others are there
+
+    def floats(model):  # the tensors themselves: weights, and means and variances of batch norms
+        return [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+
+    averages, currents = floats(averaged), floats(generator)
+
+    def on_step():
+        schedule_G.step()
+        schedule_D.step()
+        n = schedule_G.last_epoch  # updates so far
+        decay = min(EMA_DECAY, (1 + n) / (10 + n))  # less at first, to forget the untrained weights
+        torch._foreach_lerp_(averages, currents, 1 - decay)
+        bar.update()
+        if n % 50 == 0 or n % n_batches == 0 or signals:
+            loss_D, loss_G, _ = losses[-1]
+            weights = sum(tensor.sum() for tensor in (*currents, *discriminator.state_dict().values()))
+            if not math.isfinite(loss_D + loss_G + weights):
+                kept = f" (checkpoint.pt is of epoch {len(rows)})" if rows else ""
+                raise InputError(f"a loss or weight in epoch {len(rows) + 1} is not finite{kept}: start anew with a "
+                                 f"--lr below {args.lr:g}")
+            bar.set_postfix_str(f"D {loss_D:.3f} G {loss_G:.3f} FID {best['val_fid'] if best else math.nan:.2f}")
+        if args.save_interval and n % args.save_interval == 0:
+            save_samples(averaged, out_dir / "progress" / f"batch_{n:07d}.png", f"Samples after {n} batches{note}")
+        if signals:
+            sys.exit(128 + signals[0])
+
+    print(f"{data.name}{note}: {len(train_images)} training images\n"
+          f"GAN{note} with latent_dim {args.latent_dim}, {n_parameters[0] / 1e6:.2f}M parameters of the generator and "
+          f"{n_parameters[1] / 1e6:.2f}M of the discriminator, on {device}; output in {out_dir}\n"
+          f"FID of training images on validation: {val_floor:.2f}{note}\n"
+          f"epoch  loss D  loss G  val FID  seconds  images/s  learning rate")
+    done = len(rows) * n_batches + len(losses)
+    bar = tqdm(total=args.epochs * n_batches, initial=done, unit="batch", disable=None)  # None: not in a log file
+    on_signals(lambda number, frame: signals.append(number))  # on_step looks, when a batch is done
+    try:
+        for epoch in range(len(rows) + 1, args.epochs + 1):
+            start = time.time() - seconds
+            order = torch.randperm(len(train_images), generator=torch.Generator().manual_seed(
+                args.seed + 1_000_003 * epoch)).to(device)  # so a resumed epoch is the same
+            batches = order[:n_batches * args.batch_size].split(args.batch_size)[len(losses):]
+            loss_D, loss_G = train((to_images(train_images[indices]) for indices in batches),
+                                   discriminator, generator, optimizer_G, optimizer_D, on_step, losses)
+            fid = None
+            if epoch % FID_EVERY == 0 or epoch == args.epochs:
+                fid = frechet_distance(classifier.measure(generate(averaged, z))[0], val_features)
+                if best is None or fid < best["val_fid"]:
+                    best = {"epoch": epoch, "val_fid": fid, "model": copy.deepcopy(averaged.state_dict())}
+            if epoch == (args.epochs + 1) // 2:
+                save_samples(averaged, out_dir / "samples_half.png", f"Samples after epoch {epoch}{note}")
+            seconds = time.time() - start
+            rows.append({"epoch": epoch, "loss_D": loss_D, "loss_G": loss_G, "val_fid": fid, "seconds": seconds,
+                         "images_per_s": n_batches * args.batch_size / seconds,
+                         "learning_rate": schedule_G.get_last_lr()[0]})
+            tqdm.write("{:5d}  {:6.3f}  {:6.3f}  {:>7}  {:7.1f}  {:8.0f}  {:13.2e}".format(
+                epoch, loss_D, loss_G, "" if fid is None else f"{fid:.2f}", *list(rows[-1].values())[4:]) + note)
+            losses, seconds = [], 0.0
+            save()
+        bar.close()
+        on_signals()  # from here on at once: nothing is lost
+        if signals:
+            sys.exit(128 + signals[0])
+
+        averaged.load_state_dict(best["model"])
+        weights = {name: tensor.cpu() for name, tensor in averaged.state_dict().items()}
+        write_atomic(out_dir / "mnist_generator.pt", lambda file: torch.save(weights, file))
+        scores = evaluate(averaged, classifier, data)
+        save_curves(rows, out_dir / "losses.png", val_floor, note)
+        save_samples(averaged, out_dir / "samples_end.png", f"Samples after training{note}")
+        interpolation = save_interpolation(averaged, classifier, out_dir / "interpolation.png", note)
+    except SystemExit:  # from a signal
+        if len(rows) < args.epochs:
+            seconds = time.time() - start
+            save()
+        command = ["python", sys.argv[0], "--resume", str(out_dir / "checkpoint.pt")]
+        command += ["--data_dir", str(args.data_dir)] * (args.data_dir is not None)
+        print(f"interrupted; to go on: {shlex.join(command)}", file=sys.stderr)
+        raise
+    finally:
+        bar.close()
+
+    seconds = sum(row["seconds"] for row in rows)
+    results = {
+        "script": SCRIPT, "dataset": data.name, "dataset_md5": data.md5,
+        "seed": args.seed, "epochs": args.epochs, "device": args.device, "parameters": sum(n_parameters),
+        "parameters_generator": n_parameters[0], "train_seconds": seconds,
+        "images_per_s": n_batches * args.batch_size * len(rows) / seconds,
+        "wall_seconds": time.time() - wall_start, "peak_memory_mb": peak_memory_mb(),
+        "best_epoch": best["epoch"], "val_fid": best["val_fid"], "val_fid_floor": val_floor, **scores,
+        "interpolation": interpolation, "flags": flags,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+    write_atomic(out_dir / "results.json", lambda file: file.write((json.dumps(results, indent=2) + "\n").encode()))
+    print("test{}: FID {:.2f} (training images: {:.2f}), coverage {:.3f} ({:.3f}), classifier's confidence {:.3f} and "
+          "score {:.2f}".format(note, *(scores[key] for key in (
+              "fid", "fid_floor", "coverage", "coverage_of_training_images", "classifier_confidence",
+              "classifier_score"))))
+    print("share of each digit{}: {}; distance to the nearest training image {:.2f} (test images: {:.2f}); weights of "
+          "epoch {}".format(note, " ".join(f"{100 * share:.1f}%" for share in scores["class_shares"]),
+                            scores["nearest_train_distance"], scores["nearest_train_distance_of_test"], best["epoch"]))
+
+
+def save_sample_files(args, checkpoint):
+    """--sample: N images of a trained model, uint8 [N, 28, 28], in samples.npz, and the first 100 in samples.png."""
+    generator = load_model(args.resume, args.device)
+    samples = generate(generator, noise(args.sample, generator.latent_dim, args.seed))  # [N, 784]
+    write_atomic(args.out_dir / "samples.npz",
+                 lambda file: np.savez_compressed(file, samples=samples.view(-1, 28, 28).numpy()))
+    save_images(samples[:100], args.out_dir / "samples.png", f"Samples{label(checkpoint['flags']['dataset'])}",
+                columns=min(10, args.sample))
+
+
+def main(argv=None):
+    on_signals()
+    try:
+        args, checkpoint = parse_args(argv)
+        if args.sample:
+            save_sample_files(args, checkpoint)
+        else:
+            run(args, checkpoint)
+    except InputError as error:
+        print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def parse_args(argv=None):
+    """The flags, and the checkpoint that --resume means, or None: flags not given now are those of its run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument_group("model and training").add_argument
+    flag("--latent_dim", type=int, default=100, help="dimensions of the noise z (default %(default)s)")
+    flag("--epochs", "--n_epochs", type=int, default=200, help="passes over the training set (default %(default)s)")
+    flag("--batch_size", type=int, default=64, help="images per update (default %(default)s)")
+    flag("--lr", type=float, default=2e-3, help="learning rate of the generator; the discriminator's is a quarter "
+         "of it (default %(default)s)")
+    flag("--seed", type=int, default=42, help="of weights, order of images, and noise (default %(default)s)")
+    flag("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
+    flag = parser.add_argument_group("data and output").add_argument
+    flag("--dataset", choices=["auto", "mnist", "glyphs"], default="auto", help="glyphs are digits drawn from fonts; "
+         "auto is MNIST, or if it cannot be had glyphs (default %(default)s)")
+    flag("--data_dir", type=Path, help="(default: $A3_DATA_DIR, else data/ of the repository)")
+    flag("--out_dir", type=Path, help="(default: report/figures/gan, or the checkpoint's folder)")
+    flag("--save_interval", type=int, default=0, metavar="N", help="draw 25 samples every N batches, into progress/ in "
+         "the output folder (default: only at the start, halfway and at the end)")
+    flag = parser.add_argument_group("instead of a new run").add_argument
+    flag("--resume", nargs="?", type=Path, const=Path(), metavar="CHECKPOINT",
+         help="go on with an interrupted run (default: checkpoint.pt in the output folder)")
+    flag("--sample", type=int, metavar="N", help="with --resume: write N samples to samples.npz and samples.png")
+    flag("--dry_run", action="store_true", help="a few batches of everything, in a temporary folder")
+    args = parser.parse_args(argv)
+
+    checkpoint, path = None, args.resume
+    if path == Path():
+        names = ["mnist", "glyphs"] if args.dataset == "auto" else [args.dataset]
+        paths = [(args.out_dir or default_out_dir(name)) / "checkpoint.pt" for name in names]
+        path = next(filter(Path.exists, paths), paths[0])
+    if path:
+        checkpoint = read_checkpoint(path)
+        parser.set_defaults(out_dir=path.parent, **checkpoint["flags"])
+        args = parser.parse_args(argv)
+        args.resume = path
+        changed = [name for name in FLAGS if getattr(args, name) not in (checkpoint["flags"][name], "auto")]
+        changed += ["out_dir"] * (args.out_dir.resolve() != path.parent.resolve())
+        if changed and not args.sample:
+            parser.error(f"--resume goes on with the run as it was: leave out --{' --'.join(changed)}, or start anew")
+        args.dataset = checkpoint["flags"]["dataset"]
+    elif args.sample:
+        parser.error("--sample needs --resume CHECKPOINT")
+    elif args.dry_run:
+        args.epochs, args.out_dir = min(args.epochs, 2), args.out_dir or Path(tempfile.mkdtemp(prefix=f"{SCRIPT}_"))
+    for name, low, high in (("latent_dim", 2, 1000), ("epochs", 1, 10 ** 5), ("batch_size", 2, 3125),
+                            ("lr", 1e-9, 10), ("seed", 0, 2 ** 31), ("save_interval", 0, 10 ** 9),
+                            ("sample", 1, 10 ** 6)):
+        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
+            parser.error(f"--{name} {getattr(args, name)} is not between {low} and {high}")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+    return args, checkpoint
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # so that a log file can be followed
+    main()
