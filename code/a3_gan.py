@@ -292,19 +292,21 @@ def slerp(start, end, n=9):
 def save_curves(rows, filename, fid_floor, note=""):
     """Losses of each epoch with their values at equilibrium, and the Frechet distance on validation data."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    left, right = figure.subplots(1, 2, sharex=True)
+    if note:
+        figure.suptitle(note.strip())  # the two titles have no room for it
     epochs = [row["epoch"] for row in rows]
     for key, name, style, equilibrium, text in (("loss_D", "discriminator", "-", math.log(4), "log 4"),
                                                 ("loss_G", "generator", "--", math.log(2), "log 2")):
         line, = left.plot(epochs, [row[key] for row in rows], style, marker="." * (len(rows) == 1),
                           label=f"{name} (last {rows[-1][key]:.3f})")
         left.axhline(equilibrium, color=line.get_color(), linestyle=":", label=f"{text} = {equilibrium:.3f}")
-    left.set(xlabel="epoch", ylabel="loss (nats)", title=f"Losses, and their values at equilibrium{note}")
+    left.set(xlabel="epoch", ylabel="loss (nats)", title="Losses, and their values at equilibrium")
     measured = [row for row in rows if row["val_fid"] is not None]
     right.semilogy([row["epoch"] for row in measured], [row["val_fid"] for row in measured], ".-",
                    label=f"averaged generator (best {min(row['val_fid'] for row in measured):.2f})")
     right.axhline(fid_floor, color="black", linestyle=":", label=f"training images ({fid_floor:.2f})")
-    right.set(xlabel="epoch", title=f"Fréchet distance to validation images{note}")
+    right.set(xlabel="epoch", title="Fréchet distance to validation images")
     right.yaxis.set_major_formatter("{x:g}")
     right.yaxis.set_minor_formatter("{x:g}")
     for axes in (left, right):
