@@ -1,0 +1,719 @@
+"""Normalizing flow on MNIST (hand-out questions 3.7 and 3.8).
+
+    python a3_nf.py                     # figures and results in report/figures/nf
+    python a3_nf.py --n_mixtures 0      # with the plain affine couplings of RealNVP
+
+Sources: Dinh et al. (2017), Density estimation using Real NVP, for couplings, masks and scales; Ho et al. (2019),
+Flow++ (the hand-out's reference [3]), for couplings by a mixture of logistics and for dequantization. Likelihoods are
+in nats per image, on the scale 0..256 of the grey levels; bits per dimension are -log p(x) / (784 log 2).
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import math
+import platform
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from matplotlib.figure import Figure  # not pyplot: files only, no display
+from tqdm import tqdm
+
+from datasets import InputError, label, load, write_atomic
+
+EMA_DECAY = 0.999  # of the averaged weights, per update
+MAX_GRAD_NORM = 1  # of bits per dimension; above nearly all: against the rare outlier that would spoil the weights
+FIXED = 1e-3  # weight of the standard logistic that is part of each mixture
+TARGET_BPD = 1.85  # question 3.8
+SCRIPT = "a3_nf"
+FLAGS = ("n_mixtures", "n_hidden", "epochs", "batch_size", "lr", "seed", "iw_samples",
+         "dataset", "dry_run")  # of a run, kept with it
+
+
+# ----------------------------------------------------------------------------------------------------------- model
+
+def log_prior(x):
+    """log p(x) of independent standard logistic variables: x [B, D] -> [B], nats.
+
+    Logistic, as in NICE (Dinh et al. 2015), rather than Gaussian, because the couplings end in logits of distribution
+    functions: where such a function is that of the data, its logit has just this distribution.
+    """
+    return (F.logsigmoid(x) + F.logsigmoid(-x)).sum(1)
+
+
+def sample_prior(size, generator=None):
+    """Draws from the prior, a tensor of this size: the inverse of its distribution function at uniform noise."""
+    return torch.rand(size, generator=generator).clamp(min=2 ** -25).logit()  # rand can be 0, but not 1
+
+
+def get_mask(scale=0, side=28):
+    """Which pixels a coupling sees, 1, and which it changes, 0: [1, side * side], a checkerboard.
+
+    Each further scale halves the pixels that the one before sees: scale 1 sees the pixels of even row and even column
+    and changes those of odd row and odd column, scale 2 is a checkerboard on the former, and so on. What was changed
+    before is -1, factored out (RealNVP, section 3.6): so a coupling sees pixels that no other has changed.
+    """
+    step = 2 ** (scale // 2)  # between pixels in a row
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    left = (row % step == 0) & (column % step == 0)
+    row, column = row // step, column // step
+    if scale % 2 == 0:
+        mask = (row + column + 1) % 2
+    else:
+        mask = (row + 1) % 2
+        left &= (row + column) % 2 == 0
+    return torch.where(left, mask, -1).float().view(1, -1)
+
+
+def pixel_tables(mask):
+    """The pixels where a mask [1, D] has ones and where it has zeros: two tables of indices, each [c, H, W].
+
+    The c channels are places in the smallest square that the mask, seen as an image, repeats. The checkerboard of
+    28x28 pixels gives two channels of 14x14 seen and two of 14x14 changed: convolutions from the ones to the others
+    compute nothing that is thrown away. For a mask that does not repeat, the tables are just lists of pixels, [c].
+    """
+    mask, table = mask.flatten().cpu(), torch.arange(mask.numel())
+    side = math.isqrt(len(mask))
+    for n in range(2, side):
+        if side ** 2 == len(mask) and side % n == 0:
+            values, pixels = (F.pixel_unshuffle(x.view(1, side, side), n) for x in (mask, table))  # [n * n, H, W]
+            if (values == values[:, :1, :1]).all():
+                return pixels[values[:, 0, 0] == 1], pixels[values[:, 0, 0] == 0]
+    return table[mask == 1], table[mask == 0]
+
+
+class Residual(nn.Sequential):
+    """x + f(x), with f the layers in their order."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+def mixture_logit(x, logits, mean, log_s):
+    """h = logit F(x), F the distribution function of a mixture of logistics (Ho et al. 2019, section 3.2).
+
+    x [B, ...]; logits of the weights, means and log scales, each [B, K, ...]. Returns h and log dh/dx, each [B, ...].
+    With weight FIXED, a standard logistic is part of the mixture. It keeps the slope from vanishing between the K
+    components, and all finite far out (|x| > 70), where they underflow and are left out.
+    """
+    weight, inverse_s = logits.softmax(1), torch.exp(-log_s)
+    u = (x.unsqueeze(1) - mean) * inverse_s
+    below, above = u.sigmoid(), (-u).sigmoid()  # in each component, the mass on either side of x
+    weight_below = weight * below
+    learned = torch.stack([weight_below.sum(1), (weight * above).sum(1), (weight_below * above * inverse_s).sum(1)])
+    tiny = 1e6 * torch.finfo(x.dtype).tiny  # so that no gradient overflows
+    log_learned = learned.clamp(min=tiny).log().masked_fill(learned < tiny, -math.inf)
+    log_below = F.logsigmoid(x)
+    log_fixed = torch.stack([log_below, log_below - x, 2 * log_below - x])  # of mass below and above, and of density
+    log_F, log_1_F, log_density = torch.logaddexp(math.log(FIXED) + log_fixed, math.log1p(-FIXED) + log_learned)
+    return log_F - log_1_F, log_density - log_F - log_1_F  # d logit(F) = dF / (F (1 - F))
+
+
+@torch.no_grad()
+def mixture_logit_inverse(h, logits, mean, log_s):
+    """The x with h = mixture_logit(x, ...)[0], by bisection; without gradients.
+
+    It ends when x is as near as its number format can tell, after about 40 halvings in float32 and 70 in float64.
+    """
+    x_k = mean + log_s.exp() * h.unsqueeze(1)  # where each component alone has this h; the fixed one has it at h
+    low, high = torch.minimum(h, x_k.amin(1)), torch.maximum(h, x_k.amax(1))
+    for _ in range(200):
+        x = (low + high) / 2
+        if (high - low <= torch.finfo(h.dtype).eps * x.abs().clamp(min=1e-3)).all():
+            break
+        less = mixture_logit(x, logits, mean, log_s)[0] < h
+        low, high = torch.where(less, x, low), torch.where(less, high, x)
+    return x
+
+
+class Coupling(nn.Module):
+    """Change the pixels where `mask` is 0, given those where it is 1; leave these, and those where it is -1.
+
+    A network of the seen pixels gives the parameters of an increasing map of the real numbers for each changed pixel:
+    the logit of a mixture of n_mixtures logistics, then log_scale and shift. With n_mixtures=0 these only: RealNVP's
+    affine coupling (Dinh et al. 2017, equations 7 and 8), which starts as the identity. `embed` is what the network is
+    told of seen pixels [B, c, ...], a tensor [B, n_embed * c, ...].
+    """
+
+    def __init__(self, c_in, mask, n_hidden=64, n_mixtures=12, embed=lambda z: z, n_embed=1):
+        super().__init__()
+        if mask.numel() != c_in:
+            raise ValueError(f"a mask of {mask.numel()} for {c_in} dimensions")
+        for name, table in zip(("seen", "changed"), pixel_tables(mask)):
+            self.register_buffer(name, table, persistent=False)  # [c, H, W] or [c]
+        if self.seen.dim() == 3:  # an image
+            spatial, pointwise = partial(nn.Conv2d, kernel_size=3, padding=1), partial(nn.Conv2d, kernel_size=1)
+        else:
+            spatial = pointwise = nn.Linear
+        n_changed = len(self.changed)
+        self.n_mixtures, self.n_parameters = n_mixtures, 2 + 3 * n_mixtures  # of each changed pixel
+        self.embed = embed
+        self.net = nn.Sequential(
+            spatial(n_embed * len(self.seen), n_hidden),
+            Residual(nn.SiLU(), spatial(n_hidden, n_hidden), nn.SiLU(), pointwise(n_hidden, n_hidden)), nn.SiLU(),
+            pointwise(n_hidden, self.n_parameters * n_changed))
+        nn.init.zeros_(self.net[-1].weight)
+        nn.init.zeros_(self.net[-1].bias)
+        if n_mixtures:  # components that start equal would stay equal
+            with torch.no_grad():
+                means = self.net[-1].bias.view(self.n_parameters, n_changed)[2 + n_mixtures:2 + 2 * n_mixtures]
+                means.copy_(torch.linspace(-1, 1, n_mixtures).unsqueeze(1).expand_as(means))
+
+    def forward(self, z, ldj, reverse=False):
+        """z [B, c_in] and the log-determinant so far, ldj [B], nats -> both behind this layer, or before it."""
+        x = z[:, self.changed]  # [B, c, H, W] or [B, c]
+        parameters = self.net(self.embed(z[:, self.seen])).unflatten(1, (self.n_parameters, -1))  # [B, 2 + 3K, c, ...]
+        log_scale, shift, logits, mean, log_s = parameters.split([1, 1, *3 * [self.n_mixtures]], dim=1)
+        log_scale, shift = 2 * torch.tanh(log_scale.squeeze(1) / 2), shift.squeeze(1)
+        mixture, log_dh = (logits, mean, log_s.clamp(-7, 7)), 0
+        if not reverse:
+            if self.n_mixtures:
+                x, log_dh = mixture_logit(x, *mixture)
+            y = x * log_scale.exp() + shift
+        else:
+            y = (x - shift) * (-log_scale).exp()
+            if self.n_mixtures:
+                y = mixture_logit_inverse(y, *mixture)
+                log_dh = mixture_logit(y, *mixture)[1]
+        log_det = (log_dh + log_scale).flatten(1).sum(1)
+        z = z.clone()
+        z[:, self.changed] = y
+        return z, ldj - log_det if reverse else ldj + log_det
+
+
+class Flow(nn.Module):
+    """Couplings from fine to coarse: each changes half of the pixels that are left, given the other half.
+
+    The last is followed by one with the roles swapped, so all pixels are changed. RealNVP has several couplings with
+    swapped roles at each scale; here each pixel is changed once, by a richer map, so that no network but that last one
+    sees what another has turned into noise. In reverse, an image is drawn from coarse to fine: each step draws as many
+    pixels as there are already.
+    """
+
+    def __init__(self, shape, n_flows=4, **coupling):
+        """n_flows: how often the pixels are halved. `coupling`: further arguments of each coupling."""
+        super().__init__()
+        self.z_shape = tuple(shape)
+        masks = [get_mask(scale, math.isqrt(shape[0])) for scale in range(n_flows)]
+        masks.append(torch.where(masks[-1] < 0, masks[-1], 1 - masks[-1]))
+        self.layers = nn.ModuleList([Coupling(shape[0], mask, **coupling) for mask in masks])
+
+    def forward(self, z, logdet, reverse=False):
+        """z [B, D], logdet [B] -> (z, logdet); with `reverse` from the latent variables to the data."""
+        for layer in reversed(self.layers) if reverse else self.layers:
+            z, logdet = layer(z, logdet, reverse)
+        return z, logdet
+
+
+class GreyLevels(nn.Module):
+    """From grey levels y in [0, 256] to the real numbers: z = logit C(y), with C a distribution function.
+
+    C gives each level its share p of the pixels of the training images, but black one half, and is linear within a
+    level, as dequantization is uniform. So pixels start out distributed nearly as the prior is, black is z < 0, and the
+    greys, which cost most of the bits, have much room (with black's share of 0.8, z < 1.4, training was slower).
+    """
+
+    def __init__(self):
+        super().__init__()
+        for name in ("p", "below", "above"):  # the share of each level, of all below it, and of all above it
+            self.register_buffer(name, torch.empty(256))
+        self.set(torch.full((256,), 1 / 256))
+
+    def set(self, p):
+        p = p.cpu().double()
+        self.p.copy_(p)
+        self.below.copy_(p.cumsum(0) - p)
+        self.above.copy_(p.flip(0).cumsum(0).flip(0) - p)
+
+    def fit(self, images):
+        """Count the levels of images, integers 0..255 of any shape."""
+        count = torch.bincount(images.flatten(), minlength=256) + 1  # no level is impossible
+        count[0] = count[1:].sum()
+        self.set(count / count.sum())
+
+    def forward(self, y, ldj, reverse=False):
+        """y [B, D] -> z [B, D], or with `reverse` z -> y; ldj [B], nats."""
+        if not reverse:
+            level = y.long().clamp(0, 255)
+            u = (y - level).clamp(1e-6, 1 - 1e-6)  # the very ends of the scale are infinitely far out
+            below, above = self.below[level] + u * self.p[level], self.above[level] + (1 - u) * self.p[level]
+            out = z = below.log() - above.log()
+        else:
+            z, below, above = y, y.sigmoid(), (-y).sigmoid()
+            level = torch.bucketize(z.detach(), self.below[1:].log() - (self.above + self.p)[1:].log(), right=True)
+            u = torch.where(below < above, below - self.below[level], self.p[level] - (above - self.above[level]))
+            out = level + (u / self.p[level]).clamp(0, 1)
+        log_det = (self.p[level].log() - F.logsigmoid(z) - F.logsigmoid(-z)).sum(1)  # d logit(C) = dC / (C (1 - C))
+        return out, ldj - log_det if reverse else ldj + log_det
+
+    def embed(self, z):
+        """What the couplings' networks are told of pixels z [B, c, ...]: [B, 4c, ...].
+
+        That is z, which is mostly noise where the pixel is black, the grey level y, and how black and how white it is:
+        one for y < 1 and falling to zero within the next level, and from y = 252 on, which most of the ink has.
+        """
+        y = self(z, 0, reverse=True)[0]
+        return torch.cat([z, y / 128 - 1, (2 - y).clamp(0, 1), (y - 251).clamp(0, 1)], dim=1)
+
+
+class Model(nn.Module):
+    """Dequantization, grey levels to real numbers, couplings: z = flow(levels(x + u)), z from the prior."""
+
+    def __init__(self, shape, n_hidden=64, n_mixtures=12):
+        super().__init__()
+        self.levels = GreyLevels()
+        self.flow = Flow(shape, 7, n_hidden=n_hidden, n_mixtures=n_mixtures, embed=self.levels.embed, n_embed=4)
+
+    def dequantize(self, x):
+        """x + u with u uniform in [0, 1), so that a density is a bound: E log p(x + u) <= log P(x) (question 3.4)."""
+        x = x.to(self.levels.p)  # its device and number format
+        return x + torch.rand_like(x).clamp(max=1 - 2 ** -16)  # 255 + u must not be rounded to 256
+
+    def encode(self, y):
+        """y [B, D] in [0, 256] -> the latent z [B, D], and log |det dz/dy| [B], nats."""
+        return self.flow(*self.levels(y, torch.zeros_like(y[:, 0])))
+
+    def decode(self, z):
+        """The inverse of encode, without the log-determinant."""
+        z, ldj = self.flow(z, torch.zeros_like(z[:, 0]), reverse=True)
+        return self.levels(z, ldj, reverse=True)[0]
+
+    def forward(self, x):
+        """x [B, D], integers 0..255 -> log p(x + u) = log p(z) + log |det dz/dx| [B], nats (equation 17)."""
+        z, ldj = self.encode(self.dequantize(x))
+        return log_prior(z) + ldj
+
+    @torch.no_grad()
+    def sample(self, n_samples, generator=None, temperature=1.0):
+        """Images [n_samples, D], integers 0..255, from the prior scaled by `temperature`.
+
+        The noise is made on the CPU, by `generator` or the global one, so a seed gives the same on every device.
+        """
+        z = temperature * sample_prior((n_samples, *self.flow.z_shape), generator)
+        return self.decode(z.to(self.levels.p)).floor().clamp(max=255)
+
+
+def bits_per_dimension(log_p, D=784):
+    """Nats per image -> bits per dimension (question 3.8)."""
+    return -log_p / (D * math.log(2))
+
+
+# ----------------------------------------------------------------------------------------- training and evaluation
+
+def epoch_iter(model, data, optimizer, on_step=None, losses=None):
+    """One pass over `data`, an iterable of batches of 784-pixel images: learn if model.training, else only measure.
+
+    Batches may come with labels, which are not used. on_step() is called after each update. `losses` gets a (bits per
+    dimension, batch size) for each batch, behind those of an interrupted pass that this one completes. Returns the
+    average bits per dimension over images.
+    """
+    losses = [] if losses is None else losses
+    device = next(model.parameters()).device
+    with torch.set_grad_enabled(model.training):
+        for batch in data:
+            x = (batch[0] if isinstance(batch, (list, tuple)) else batch).to(device).flatten(1)  # [B, 784]
+            loss = bits_per_dimension(model(x).mean(), x.shape[1])
+            losses.append((loss.detach(), len(x)))  # no .item(): a GPU need not wait for the CPU
+            if model.training:
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+                optimizer.step()
+                if on_step:
+                    on_step()
+    return sum(float(loss) * size for loss, size in losses) / sum(size for _, size in losses)
+
+
+def run_epoch(model, data, optimizer, averaged=None, on_step=None, losses=None):
+    """Train on data[0] and measure on data[1], there with the `averaged` weights if given. Returns both averages."""
+    traindata, valdata = data
+    model.train()
+    train_bpd = epoch_iter(model, traindata, optimizer, on_step, losses)
+    model.eval()
+    val_bpd = epoch_iter(averaged or model, valdata, optimizer)
+    return train_bpd, val_bpd
+
+
+@torch.no_grad()
+def evaluate(model, x, iw_samples):
+    """Bits per dimension of x [N, 784], averages: with one draw of the dequantization noise u, and with iw_samples.
+
+    The latter is the importance-weighted bound -log P(x) <= -E log 1/k sum_i p(x + u_i), k = iw_samples (Burda et al.
+    2016, equation 8; the u_i are uniform, and so have density one). With k = 0 it is None.
+    """
+    k, totals = max(1, iw_samples), 0
+    for batch in tqdm(x.split(500), "test", disable=None, leave=False):
+        log_p = torch.stack([model(batch) for _ in range(k)])  # [k, B]
+        totals += torch.stack([log_p[0], log_p.logsumexp(0) - math.log(k)]).sum(1)  # [2, B] -> [2]
+    one, many = bits_per_dimension(totals / len(x), x.shape[1]).tolist()
+    return {"test_bpd": one, "test_bpd_iw": many if iw_samples else None, "iw_samples": iw_samples}
+
+
+# --------------------------------------------------------------------------------------------------------- figures
+
+def save_bpd_plot(train_curve, val_curve, filename, note=""):
+    """Bits per dimension of each epoch, and the hand-out's target of 1.85 (question 3.8)."""
+    epochs = range(1, len(train_curve) + 1)
+    figure = Figure(figsize=(5, 3.2))
+    axes = figure.subplots()
+    marker = "." * (len(train_curve) == 1)
+    axes.plot(epochs, train_curve, "-", marker=marker, label=f"training (last {train_curve[-1]:.3f})")
+    axes.plot(epochs, val_curve, "--", marker=marker, label=f"validation (best {min(val_curve):.3f})")
+    axes.axhline(TARGET_BPD, color="black", linestyle=":", label=f"question 3.8: {TARGET_BPD}")
+    axes.set(xlabel="epoch", ylabel="bits per dimension", title=f"Negative log-likelihood{note}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    write_atomic(filename, lambda file: figure.savefig(file, format=Path(filename).suffix[1:], dpi=200,
+                                                     bbox_inches="tight"))
+
+
+def save_images(pixels, filename, title, columns, captions=(), row_captions=()):
+    """Draw pixels [N, 784], 0..255, `columns` of them side by side, with captions under columns and beside rows."""
+    blank = F.pad(pixels.cpu(), (0, 0, 0, -len(pixels) % columns))  # fills the last row
+    grid = F.pad(blank.view(-1, columns, 28, 28), (1, 1, 1, 1), value=50)  # [rows, columns, 30, 30]
+    grid = grid.transpose(1, 2).flatten(2).flatten(0, 1).numpy()  # [rows * 30, columns * 30]
+    height, width = grid.shape
+    figure = Figure(figsize=(width / 45, height / 45 + 0.5), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(grid, cmap="gray_r", vmin=0, vmax=255)
+    axes.set_xticks([30 * i + 14.5 for i in range(len(captions))], captions)
+    axes.set_yticks([30 * i + 14.5 for i in range(len(row_captions))], row_captions)
+    axes.tick_params(length=0)
+    axes.set_frame_on(False)
+    figure.suptitle(title, fontsize=11)
+    write_atomic(filename, lambda file: figure.savefig(file, format="png", dpi=200, bbox_inches="tight"))
+
+
+def save_samples(model, filename, title):
+    """64 samples, from the same noise at every call."""
+    save_images(model.sample(64, torch.Generator().manual_seed(0)), filename, title, columns=8)
+
+
+def save_temperatures(model, filename, note="", scales=(0.6, 0.7, 0.8, 0.9, 1.0)):
+    """Nine samples from the same noise at each scale of the prior: Glow's temperatures (Kingma & Dhariwal 2018)."""
+    rows = [model.sample(9, torch.Generator().manual_seed(1), scale) for scale in scales]
+    save_images(torch.cat(rows), filename, f"Samples by scale of the prior{note}", columns=9,
+                row_captions=[f"{scale:.1f}" for scale in scales])
+
+
+@torch.no_grad()
+def interpolate(model, x, n=9):
+    """n images on the straight line in latent space between each two of x [N, 2, 784] -> [N, n, 784].
+
+    In float64, so that the ends are x itself: the flow is invertible. The dequantization noise is 1/2.
+    """
+    model = copy.deepcopy(model).cpu().double()
+    start, end = (model.encode(x[:, i].cpu().double() + 0.5)[0] for i in (0, 1))  # [N, 784]
+    t = torch.linspace(0, 1, n, dtype=torch.double).view(n, 1)
+    z = torch.lerp(start.unsqueeze(1), end.unsqueeze(1), t)  # [N, n, 784]
+    return model.decode(z.flatten(0, 1)).floor().clamp(max=255).view(z.shape)
+
+
+def save_interpolation(model, test, filename, note=""):
+    """From the first test image of each even digit to that of the next digit."""
+    first = [(test.labels == digit).nonzero()[0, 0] for digit in range(10)]
+    pairs = test.images[torch.stack(first)].view(5, 2, 784)
+    save_images(interpolate(model, pairs).flatten(0, 1), filename, f"Interpolation in latent space{note}", columns=9,
+                captions=["test image", *(f"t = {k}/8" for k in range(1, 8)), "test image"],
+                row_captions=[f"{digit} to {digit + 1}" for digit in range(0, 10, 2)])
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoint
+
+def make_model(flags):
+    return Model([784], flags["n_hidden"], flags["n_mixtures"])
+
+
+def read_checkpoint(path):
+    """The dictionary in a checkpoint, on the CPU. Raises InputError if it is missing, broken or another script's."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # so that a file cannot run code
+        script = checkpoint["script"]
+        if script == SCRIPT:  # are all flags there, and do the weights fit?
+            checkpoint["flags"] = {name: checkpoint["flags"][name] for name in FLAGS}
+            make_model(checkpoint["flags"]).load_state_dict(checkpoint["model"])
+    except FileNotFoundError:
+        raise InputError(f"there is no checkpoint {path}: name the checkpoint.pt of a run") from None
+    except Exception as error:  # torch raises a dozen kinds
+        raise InputError(f"{path} is not a checkpoint of this version of {SCRIPT}.py, or is truncated or corrupt "
+                         f"({type(error).__name__})") from None
+    if script != SCRIPT:
+        raise InputError(f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")
+    return checkpoint
+
+
+def load_model(checkpoint, device="cpu"):
+    """The trained flow (averaged weights of the best epoch) in eval mode, from a run's checkpoint.pt or best.pt."""
+    content = read_checkpoint(checkpoint)
+    model = make_model(content["flags"])
+    model.load_state_dict(content["best"]["model"] if content["best"] else content["averaged"])
+    return model.to(device).eval()
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+
+def on_signals(handler=lambda number, frame: sys.exit(128 + number)):
+    """Have Ctrl-C and SIGTERM call the handler; by default they end the program with the shell's exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def default_out_dir(n_mixtures, dataset):
+    name = ("nf" if n_mixtures else "nf_affine") + ("" if dataset == "mnist" else f"_{dataset}")
+    return Path(__file__).resolve().parents[1] / "report" / "figures" / name
+
+
+def peak_memory_mb():
+    """The most memory that this process has had, or None where the system does not tell (Windows)."""
+    with contextlib.suppress(ImportError):
+        import resource
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak // (2 ** 20 if sys.platform == "darwin" else 2 ** 10)  # macOS counts bytes, Linux kB
+
+
+def run(args, checkpoint):
+    """Train, from the start or from `checkpoint`; then measure the best epoch on the test set, and draw it."""
+    wall_start, device = time.time(), torch.device(args.device)
+    on_device = getattr(torch, device.type)  # torch.cuda or torch.mps, for their random states
+    data = load(args.dataset, args.data_dir)
+    if checkpoint and checkpoint["md5"] != data.md5:
+        raise InputError(f"the checkpoint is of other data ({checkpoint['flags']['dataset']}, MD5 {checkpoint['md5']}) "
+                         f"than this ({data.name}, MD5 {data.md5}): see --data_dir")
+    note, out_dir = label(data.name), args.out_dir or default_out_dir(args.n_mixtures, data.name)
+    flags = {name: getattr(args, name) for name in FLAGS} | {"dataset": data.name}
+    old = out_dir / "results.json"
+    if data.name != "mnist" and old.exists() and '"dataset": "mnist"' in old.read_text():
+        raise InputError(f"{out_dir} has results on MNIST, which {data.name} must not replace: name another --out_dir")
+    train, val, test = (split.images.to(device) for split in (data.train, data.val, data.test))
+    if args.dry_run:
+        train, val, test = train[:5 * args.batch_size // 2], val[:200], test[:200]
+
+    torch.manual_seed(args.seed)
+    model = make_model(flags).to(device)
+    model.levels.fit(data.train.images)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    averaged = copy.deepcopy(model).requires_grad_(False).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    n_batches = math.ceil(len(train) / args.batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.lr, total_steps=max(20, args.epochs * n_batches), pct_start=0.1, cycle_momentum=False)
+    state = {"model": model, "averaged": averaged, "optimizer": optimizer, "schedule": schedule}
+    rows, best = [], None  # of metrics.csv; the averaged weights with the best validation bpd
+    losses, seconds, signals = [], 0.0, []  # of the running epoch
+    seconds_to_target = None  # of training
+    save_samples(averaged, out_dir / "samples_start.png", f"Samples before training{note}")
+    if checkpoint:
+        for name, part in state.items():
+            part.load_state_dict(checkpoint[name])
+        rows, best, losses, seconds = (checkpoint[key] for key in ("rows", "best", "losses", "seconds"))
+        seconds_to_target = checkpoint["seconds_to_target"]
+        torch.set_rng_state(checkpoint["rng"])
+        if device.type != "cpu" and checkpoint["device"] == device.type:
+            on_device.set_rng_state(checkpoint["device_rng"], device)
+        wall_start -= seconds + sum(row["seconds"] for row in rows)  # those of the processes before
+
+    def save():
+        content = {
+            "script": SCRIPT, "flags": flags, "md5": data.md5, "epoch": len(rows), "rows": rows, "best": best,
+            "device": device.type, "losses": [(float(loss), size) for loss, size in losses], "seconds": seconds,
+            "seconds_to_target": seconds_to_target, "rng": torch.get_rng_state(),
+            "device_rng": None if device.type == "cpu" else on_device.get_rng_state(device),
+            **{name: part.state_dict() for name, part in state.items()}}
+        if best and best["epoch"] == len(rows) and not losses:
+            write_atomic(out_dir / "best.pt", lambda file: torch.save(content, file))
+        table = [list(row) for row in rows[:1]] + [[f"{value:.8g}" for value in row.values()] for row in rows]
+        text = "".join(",".join(line) + "\n" for line in table)
+        write_atomic(out_dir / "metrics.csv", lambda file: file.write(text.encode()))
+        write_atomic(out_dir / "checkpoint.pt", lambda file: torch.save(content, file))  # last: the others are there
+
+    def check_target(val_bpd):
+        nonlocal seconds_to_target
+        if seconds_to_target is None and val_bpd < TARGET_BPD:
+            seconds_to_target = time.time() - start + sum(row["seconds"] for row in rows)
+            tqdm.write(f"validation under {TARGET_BPD} after {seconds_to_target:.0f} s{note}")
+
+    def on_step():
+        schedule.step()
+        n = schedule.last_epoch  # updates so far
+        decay = min(EMA_DECAY, (1 + n) / (10 + n))  # less at first, to forget the untrained weights
+        with torch.no_grad():
+            torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
+        bar.update()
+        if n % 50 == 0 or n % n_batches == 0 or signals:
+            bpd = float(losses[-1][0])
+            if not math.isfinite(bpd + sum(p.detach().sum() for p in model.parameters())):
+                kept = f" (checkpoint.pt is of epoch {len(rows)})" if rows else ""
+                raise InputError(f"the loss or a weight in epoch {len(rows) + 1} is not finite{kept}: start anew with "
+                                 f"a --lr below {args.lr:g}")
+            bar.set_postfix_str(f"{bpd:.3f} bits per dimension")
+        if seconds_to_target is None and n.bit_count() == 1:  # a power of two: seldom
+            check_target(epoch_iter(averaged, [val[:1000]], None))
+        if signals:
+            sys.exit(128 + signals[0])
+
+    print(f"{data.name}{note}: {len(train)} training images\n"
+          f"flow{note} with {args.n_mixtures} logistics per pixel, {n_parameters / 1e6:.2f}M parameters, on {device}; "
+          f"output in {out_dir}\n"
+          f"epoch  train bpd  val bpd  seconds  images/s  learning rate")
+    done = len(rows) * n_batches + len(losses)
+    bar = tqdm(total=args.epochs * n_batches, initial=done, unit="batch", disable=None)  # None: not in a log file
+    on_signals(lambda number, frame: signals.append(number))  # on_step looks, when a batch is done
+    try:
+        for epoch in range(len(rows) + 1, args.epochs + 1):
+            start = time.time() - seconds
+            generator = torch.Generator().manual_seed(args.seed + 1_000_003 * epoch)  # so a resumed epoch is the same
+            order = torch.randperm(len(train), generator=generator).to(device)
+            loaders = train[order].split(args.batch_size)[len(losses):], val.split(500)
+            train_bpd, val_bpd = run_epoch(model, loaders, optimizer, averaged, on_step, losses)
+            if not math.isfinite(train_bpd + val_bpd):
+                raise InputError(f"the loss of epoch {epoch} is not finite: start anew with a --lr below {args.lr:g}")
+            check_target(val_bpd)
+            seconds = time.time() - start
+            rows.append({"epoch": epoch, "train_bpd": train_bpd, "val_bpd": val_bpd, "seconds": seconds,
+                         "images_per_s": len(train) / seconds, "learning_rate": schedule.get_last_lr()[0]})
+            tqdm.write("{:5d}  {:9.4f}  {:7.4f}  {:7.1f}  {:8.0f}  {:13.2e}".format(*rows[-1].values()) + note)
+            if best is None or val_bpd < best["val_bpd"]:
+                best = {"epoch": epoch, "val_bpd": val_bpd, "model": copy.deepcopy(averaged.state_dict())}
+            if epoch == (args.epochs + 1) // 2:
+                save_samples(averaged, out_dir / "samples_half.png", f"Samples after epoch {epoch}{note}")
+            losses, seconds = [], 0.0
+            save()
+        bar.close()
+        on_signals()  # from here on at once: nothing is lost
+        if signals:
+            sys.exit(128 + signals[0])
+
+        averaged.load_state_dict(best["model"])
+        torch.manual_seed(args.seed)  # so that an interrupted run ends with the same results
+        scores = evaluate(averaged, test, args.iw_samples)
+        save_bpd_plot(*([row[key] for row in rows] for key in ("train_bpd", "val_bpd")), out_dir / "bpd.png", note)
+        save_samples(averaged, out_dir / "samples_end.png", f"Samples after training{note}")
+        save_temperatures(averaged, out_dir / "temperatures.png", note)
+        save_interpolation(averaged, data.test, out_dir / "interpolation.png", note)
+        sample_start = time.time()
+        averaged.sample(64).cpu()
+        sample_seconds = time.time() - sample_start
+    except SystemExit:  # from a signal
+        if len(rows) < args.epochs:
+            seconds = time.time() - start
+            save()
+        command = ["python", sys.argv[0], "--resume", str(out_dir / "checkpoint.pt")]
+        command += ["--data_dir", str(args.data_dir)] * (args.data_dir is not None)
+        print(f"interrupted; to go on: {shlex.join(command)}", file=sys.stderr)
+        raise
+    finally:
+        bar.close()
+
+    seconds = sum(row["seconds"] for row in rows)
+    results = {
+        "script": SCRIPT, "dataset": data.name, "dataset_md5": data.md5,
+        "seed": args.seed, "epochs": args.epochs, "device": args.device, "parameters": n_parameters,
+        "train_seconds": seconds, "images_per_s": len(train) * len(rows) / seconds,
+        "wall_seconds": time.time() - wall_start, "peak_memory_mb": peak_memory_mb(),
+        "best_epoch": best["epoch"], "val_bpd": best["val_bpd"], **scores, "seconds_to_1_85": seconds_to_target,
+        "seconds_to_sample_64": sample_seconds, "flags": flags,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+    write_atomic(out_dir / "results.json", lambda file: file.write((json.dumps(results, indent=2) + "\n").encode()))
+    iw = f"; with {args.iw_samples} draws of the noise {scores['test_bpd_iw']:.4f}" if args.iw_samples else ""
+    print(f"test, bits per dimension{note}: {scores['test_bpd']:.4f}{iw}; weights of epoch {best['epoch']}; "
+          f"64 samples take {sample_seconds:.2f} s")
+
+
+def save_sample_files(args, checkpoint):
+    """--sample: N images of a trained model, uint8 [N, 28, 28], in samples.npz, and the first 100 in samples.png."""
+    model, generator = load_model(args.resume, args.device), torch.Generator().manual_seed(args.seed)
+    samples = torch.cat([model.sample(min(1000, args.sample - i), generator).byte().cpu()
+                         for i in range(0, args.sample, 1000)])  # [N, 784]
+    write_atomic(args.out_dir / "samples.npz",
+                 lambda file: np.savez_compressed(file, samples=samples.view(-1, 28, 28).numpy()))
+    save_images(samples[:100], args.out_dir / "samples.png", f"Samples{label(checkpoint['flags']['dataset'])}",
+                columns=min(10, args.sample))
+
+
+def main(argv=None):
+    on_signals()
+    try:
+        args, checkpoint = parse_args(argv)
+        if args.sample:
+            save_sample_files(args, checkpoint)
+        else:
+            run(args, checkpoint)
+    except InputError as error:
+        print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def parse_args(argv=None):
+    """The flags, and the checkpoint that --resume means, or None: flags not given now are those of its run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument_group("model and training").add_argument
+    flag("--n_mixtures", type=int, default=12, help="logistics in the mixture of a coupling; 0 for affine couplings "
+         "(default %(default)s)")
+    flag("--n_hidden", type=int, default=64, help="channels of the couplings' networks (default %(default)s)")
+    flag("--epochs", type=int, default=40, help="passes over the training set (default %(default)s)")
+    flag("--batch_size", type=int, default=32, help="images per update (default %(default)s)")
+    flag("--lr", type=float, default=8e-3, help="highest learning rate of the one-cycle schedule (default %(default)s)")
+    flag("--seed", type=int, default=42, help="of weights, order of images, and noise (default %(default)s)")
+    flag("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
+    flag("--iw_samples", type=int, default=8, help="draws of the dequantization noise per test image in the "
+         "importance-weighted bound; 0 leaves it out (default %(default)s)")
+    flag = parser.add_argument_group("data and output").add_argument
+    flag("--dataset", choices=["auto", "mnist", "glyphs"], default="auto", help="glyphs are digits drawn from fonts; "
+         "auto is MNIST, or if it cannot be had glyphs (default %(default)s)")
+    flag("--data_dir", type=Path, help="(default: $A3_DATA_DIR, else data/ of the repository)")
+    flag("--out_dir", type=Path, help="(default: report/figures/nf, nf_affine with --n_mixtures 0, "
+         "or the checkpoint's folder)")
+    flag = parser.add_argument_group("instead of a new run").add_argument
+    flag("--resume", nargs="?", type=Path, const=Path(), metavar="CHECKPOINT",
+         help="go on with an interrupted run (default: checkpoint.pt in the output folder)")
+    flag("--sample", type=int, metavar="N", help="with --resume: write N samples to samples.npz and samples.png")
+    flag("--dry_run", action="store_true", help="a few batches of everything, in a temporary folder")
+    args = parser.parse_args(argv)
+
+    checkpoint, path = None, args.resume
+    if path == Path():
+        names = ["mnist", "glyphs"] if args.dataset == "auto" else [args.dataset]
+        paths = [(args.out_dir or default_out_dir(args.n_mixtures, name)) / "checkpoint.pt" for name in names]
+        path = next(filter(Path.exists, paths), paths[0])
+    if path:
+        checkpoint = read_checkpoint(path)
+        parser.set_defaults(out_dir=path.parent, **checkpoint["flags"])
+        args = parser.parse_args(argv)
+        args.resume = path
+        changed = [name for name in FLAGS if getattr(args, name) not in (checkpoint["flags"][name], "auto")]
+        changed += ["out_dir"] * (args.out_dir.resolve() != path.parent.resolve())
+        if changed and not args.sample:
+            parser.error(f"--resume goes on with the run as it was: leave out --{' --'.join(changed)}, or start anew")
+        args.dataset = checkpoint["flags"]["dataset"]
+    elif args.sample:
+        parser.error("--sample needs --resume CHECKPOINT")
+    elif args.dry_run:
+        args.epochs, args.out_dir = min(args.epochs, 2), args.out_dir or Path(tempfile.mkdtemp(prefix=f"{SCRIPT}_"))
+    for name, low, high in (("n_mixtures", 0, 100), ("n_hidden", 1, 1000), ("epochs", 1, 10 ** 5),
+                            ("batch_size", 1, 5000), ("lr", 1e-9, 10), ("seed", 0, 2 ** 31),
+                            ("iw_samples", 0, 10 ** 5), ("sample", 1, 10 ** 6)):
+        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
+            parser.error(f"--{name} {getattr(args, name)} is not between {low} and {high}")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+    return args, checkpoint
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # so that a log file can be followed
+    main()
