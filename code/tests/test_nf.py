@@ -115,6 +115,12 @@ def test_couplings_see_and_change_nothing_that_is_thrown_away(scale, seen, chang
             assert torch.equal(column // n, torch.arange(28 // n).expand(table.shape))
 
 
+@pytest.mark.parametrize("mask", [get_mask(side=4), get_mask(10), torch.zeros(1, 784)])
+def test_a_mask_that_does_not_fit_is_refused(mask):
+    with pytest.raises(ValueError, match="784 dimensions"):
+        Coupling(784, mask)
+
+
 @pytest.mark.parametrize("log_s", [1.0, -1.0, -6.0])
 def test_mixture_logit_against_scipy(log_s):
     x = 4 * normal(50, 1, 1, 1).double()
