@@ -1,0 +1,68 @@
+"""Turn the scripts' results into LaTeX macros, so that no number in the report is typed by hand.
+
+    python3 numbers.py > numbers.tex
+
+Each entry of figures/<run>/results.json becomes a macro, named after the run and the entry: test_elbo of vae_z20 is
+\\vaeTestElbo. Entries of the last row of metrics.csv get "Last": \\nfLastTrainBpd. Needs nothing but Python.
+"""
+
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+
+RUNS = {  # prefix of the macros: folder, and the command that fills it
+    "vae": ("vae_z20", "python a3_vae.py --zdim 20"),
+    "vaeTwo": ("vae_z2", "python a3_vae.py --zdim 2"),
+    "gan": ("gan", "python a3_gan.py --n_epochs 200"),
+    "nf": ("nf", "python a3_nf.py"),
+}
+DIGITS = dict(zip("0123456789", "Zero One Two Three Four Five Six Seven Eight Nine".split()))
+
+
+def macro_name(prefix, key):
+    """vae, test_log_px -> vaeTestLogPx; LaTeX's names have no digits, so 85 becomes EightFive."""
+    name = "".join(word[:1].upper() + word[1:] for word in key.split("_"))
+    return prefix + re.sub(r"\d", lambda digit: DIGITS[digit[0]], name)
+
+
+def text(key, value):
+    """A value as the report prints it."""
+    if isinstance(value, str):
+        return value.replace("_", r"\_")
+    if isinstance(value, int):
+        return f"{value:,}".replace(",", r"\,") if value >= 10_000 else str(value)
+    if key == "lr":
+        return f"{value:g}"
+    digits = 3 if any(word in key for word in ("bpd", "coverage", "loss", "confidence")) else 0 if value > 100 or key == "seconds_to_1_85" else 2
+    return f"{value:.{digits}f}".replace("-", r"\ensuremath{-}")
+
+
+def main():
+    for prefix, (folder, command) in RUNS.items():
+        folder = Path(__file__).resolve().parent / "figures" / folder
+        try:
+            results = json.loads((folder / "results.json").read_text())
+            *_, last = csv.DictReader((folder / "metrics.csv").read_text().splitlines())
+            if int(last["epoch"]) != results["epochs"] or results["dataset"] != "mnist":
+                raise ValueError("a run that is not finished, or not on MNIST")
+        except (OSError, ValueError) as error:
+            sys.exit(f"numbers.py: error: no results in {folder} ({error}): make them in code/ with {command}")
+        values = {**results.pop("flags"), **results, **{f"last_{key}": float(x) for key, x in last.items() if x}}
+        values["train_minutes"] = round(values["train_seconds"] / 60)
+        values["million_parameters"] = values["parameters"] / 1e6
+        values["half_epoch"] = (values["epochs"] + 1) // 2
+        if prefix == "gan":
+            values["rarest_percent"] = f"{100 * min(values['class_shares']):.1f}"
+            path = values["interpolation"]
+            values["from_digit"], values["to_digit"] = path["digits"]
+            values["from_probability"], values["to_probability"] = (f"{p:.3f}" for p in path["probabilities"])
+            values["fid_ratio"] = values["fid"] / values["fid_floor"]
+        for key, value in sorted(values.items()):
+            if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+                print(rf"\newcommand{{\{macro_name(prefix, key)}}}{{{text(key, value)}}}")
+
+
+if __name__ == "__main__":
+    main()
