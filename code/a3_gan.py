@@ -28,10 +28,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib import rc_context
 from matplotlib.figure import Figure  # not pyplot: files only, no display
 from tqdm import tqdm
 
-from datasets import InputError, Split, label, load, resolve_data_dir, write_atomic
+from datasets import InputError, Split, claim, label, load, resolve_data_dir, write_atomic
 
 EMA_DECAY = 0.9999  # of the averaged generator, per update
 R1_GAMMA, R1_EVERY = 3.0, 16  # strength of the gradient penalty; it is computed in one batch of so many
@@ -289,9 +290,16 @@ def slerp(start, end, n=9):
 
 # --------------------------------------------------------------------------------------------------------- figures
 
+PRINT = {  # drawn as large as the report prints them, in inches and points
+    "font.size": 8, "axes.titlesize": 8, "figure.titlesize": 8, "legend.fontsize": 7, "legend.handlelength": 1.5,
+    "lines.linewidth": 1, "lines.markersize": 3,
+    "savefig.dpi": 300, "savefig.bbox": "tight", "savefig.pad_inches": 0.03}
+
+
+@rc_context(PRINT)
 def save_curves(rows, filename, fid_floor, note=""):
     """Losses of each epoch with their values at equilibrium, and the Frechet distance on validation data."""
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    figure = Figure(figsize=(5.5, 2.1), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True)
     if note:
         figure.suptitle(note.strip())  # the two titles have no room for it
@@ -303,34 +311,32 @@ def save_curves(rows, filename, fid_floor, note=""):
         left.axhline(equilibrium, color=line.get_color(), linestyle=":", label=f"{text} = {equilibrium:.3f}")
     left.set(xlabel="epoch", ylabel="loss (nats)", title="Losses, and their values at equilibrium")
     measured = [row for row in rows if row["val_fid"] is not None]
-    right.semilogy([row["epoch"] for row in measured], [row["val_fid"] for row in measured], ".-",
-                   label=f"averaged generator (best {min(row['val_fid'] for row in measured):.2f})")
+    right.plot([row["epoch"] for row in measured], [row["val_fid"] for row in measured], ".-",
+               label=f"averaged generator (best {min(row['val_fid'] for row in measured):.2f})")
     right.axhline(fid_floor, color="black", linestyle=":", label=f"training images ({fid_floor:.2f})")
-    right.set(xlabel="epoch", title="Fréchet distance to validation images")
-    right.yaxis.set_major_formatter("{x:g}")
-    right.yaxis.set_minor_formatter("{x:g}")
+    right.set(xlabel="epoch", ylim=(0, None), title="Fréchet distance to validation images")
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
-    write_atomic(filename, lambda file: figure.savefig(file, format="png", dpi=200, bbox_inches="tight"))
+    write_atomic(filename, lambda file: figure.savefig(file, format="png"))
 
 
-def save_images(pixels, filename, title, columns, captions=()):
-    """Draw pixels uint8 [N, 784], `columns` of them side by side, with captions under the columns."""
+@rc_context(PRINT)
+def save_images(pixels, filename, title, columns, captions=(), width=1.8):
+    """Draw pixels uint8 [N, 784], `columns` of them side by side, with captions under the columns; width in inches."""
     blank = F.pad(pixels, (0, 0, 0, -len(pixels) % columns))  # fills the last row
     grid = F.pad(blank.view(-1, columns, 28, 28), (1, 1, 1, 1), value=50)  # [rows, columns, 30, 30]
     grid = grid.transpose(1, 2).flatten(2).flatten(0, 1).numpy()  # [rows * 30, columns * 30]
-    height, width = grid.shape
-    figure = Figure(figsize=(width / 45, height / 45 + 0.5), layout="constrained")
+    figure = Figure(figsize=(width, width * grid.shape[0] / grid.shape[1] + 0.4), layout="constrained")
     axes = figure.subplots()
     axes.imshow(grid, cmap="gray_r", vmin=0, vmax=255)
     axes.set_xticks([30 * i + 14.5 for i in range(len(captions))], captions)
     axes.set_yticks([])
     axes.tick_params(length=0)
     axes.set_frame_on(False)
-    figure.suptitle(title, fontsize=11)
-    write_atomic(filename, lambda file: figure.savefig(file, format="png", dpi=200, bbox_inches="tight"))
+    axes.set_title(title)
+    write_atomic(filename, lambda file: figure.savefig(file, format="png"))
 
 
 def save_samples(generator, filename, title):
@@ -353,7 +359,7 @@ def save_interpolation(generator, classifier, filename, note=""):
         left[i] = left[:, digit] = 0  # the other end is another sample, and another digit
     save_images(generate(generator, slerp(*ends)), filename,
                 f"From a {digits[0]} (p = {sure[0]:.3f}) to a {digits[1]} (p = {sure[1]:.3f}), spherical interpolation"
-                f"{note}", columns=9, captions=[f"t = {k}/8" for k in range(9)])
+                f"{note}", columns=9, captions=[f"t = {k}/8" for k in range(9)], width=5.5)
     return {"path": "spherical", "digits": digits, "probabilities": sure}
 
 
@@ -421,6 +427,7 @@ def run(args, checkpoint):
     old = out_dir / "results.json"
     if data.name != "mnist" and old.exists() and '"dataset": "mnist"' in old.read_text():
         raise InputError(f"{out_dir} has results on MNIST, which {data.name} must not replace: name another --out_dir")
+    claim(out_dir)
     classifier = load_classifier(data, args.data_dir).to(device)
     if args.dry_run:
         data = data._replace(train=Split(*(x[:3 * args.batch_size] for x in data.train)),
@@ -574,7 +581,7 @@ def save_sample_files(args, checkpoint):
     write_atomic(args.out_dir / "samples.npz",
                  lambda file: np.savez_compressed(file, samples=samples.view(-1, 28, 28).numpy()))
     save_images(samples[:100], args.out_dir / "samples.png", f"Samples{label(checkpoint['flags']['dataset'])}",
-                columns=min(10, args.sample))
+                columns=min(10, args.sample), width=3.6)
 
 
 def main(argv=None):

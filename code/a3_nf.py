@@ -29,10 +29,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib import rc_context
 from matplotlib.figure import Figure  # not pyplot: files only, no display
 from tqdm import tqdm
 
-from datasets import InputError, label, load, write_atomic
+from datasets import InputError, claim, label, load, write_atomic
 
 EMA_DECAY = 0.999  # of the averaged weights, per update
 MAX_GRAD_NORM = 1  # of bits per dimension; above nearly all: against the rare outlier that would spoil the weights
@@ -364,10 +365,17 @@ def evaluate(model, x, iw_samples):
 
 # --------------------------------------------------------------------------------------------------------- figures
 
+PRINT = {  # drawn as large as the report prints them, in inches and points
+    "font.size": 8, "axes.titlesize": 8, "figure.titlesize": 8, "legend.fontsize": 7, "legend.handlelength": 1.5,
+    "lines.linewidth": 1, "lines.markersize": 3,
+    "savefig.dpi": 300, "savefig.bbox": "tight", "savefig.pad_inches": 0.03}
+
+
+@rc_context(PRINT)
 def save_bpd_plot(train_curve, val_curve, filename, note=""):
     """Bits per dimension of each epoch, and the hand-out's target of 1.85 (question 3.8)."""
     epochs = range(1, len(train_curve) + 1)
-    figure = Figure(figsize=(5, 3.2))
+    figure = Figure(figsize=(3.3, 2.1), layout="constrained")
     axes = figure.subplots()
     marker = "." * (len(train_curve) == 1)
     axes.plot(epochs, train_curve, "-", marker=marker, label=f"training (last {train_curve[-1]:.3f})")
@@ -377,25 +385,24 @@ def save_bpd_plot(train_curve, val_curve, filename, note=""):
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
-    write_atomic(filename, lambda file: figure.savefig(file, format=Path(filename).suffix[1:], dpi=200,
-                                                     bbox_inches="tight"))
+    write_atomic(filename, lambda file: figure.savefig(file, format=Path(filename).suffix[1:]))
 
 
-def save_images(pixels, filename, title, columns, captions=(), row_captions=()):
+@rc_context(PRINT)
+def save_images(pixels, filename, title, columns, captions=(), row_captions=(), width=1.8):
     """Draw pixels [N, 784], 0..255, `columns` of them side by side, with captions under columns and beside rows."""
     blank = F.pad(pixels.cpu(), (0, 0, 0, -len(pixels) % columns))  # fills the last row
     grid = F.pad(blank.view(-1, columns, 28, 28), (1, 1, 1, 1), value=50)  # [rows, columns, 30, 30]
     grid = grid.transpose(1, 2).flatten(2).flatten(0, 1).numpy()  # [rows * 30, columns * 30]
-    height, width = grid.shape
-    figure = Figure(figsize=(width / 45, height / 45 + 0.5), layout="constrained")
+    figure = Figure(figsize=(width, width * grid.shape[0] / grid.shape[1] + 0.4), layout="constrained")
     axes = figure.subplots()
     axes.imshow(grid, cmap="gray_r", vmin=0, vmax=255)
     axes.set_xticks([30 * i + 14.5 for i in range(len(captions))], captions)
     axes.set_yticks([30 * i + 14.5 for i in range(len(row_captions))], row_captions)
     axes.tick_params(length=0)
     axes.set_frame_on(False)
-    figure.suptitle(title, fontsize=11)
-    write_atomic(filename, lambda file: figure.savefig(file, format="png", dpi=200, bbox_inches="tight"))
+    axes.set_title(title)
+    write_atomic(filename, lambda file: figure.savefig(file, format="png"))
 
 
 def save_samples(model, filename, title):
@@ -407,7 +414,7 @@ def save_temperatures(model, filename, note="", scales=(0.6, 0.7, 0.8, 0.9, 1.0)
     """Nine samples from the same noise at each scale of the prior: Glow's temperatures (Kingma & Dhariwal 2018)."""
     rows = [model.sample(9, torch.Generator().manual_seed(1), scale) for scale in scales]
     save_images(torch.cat(rows), filename, f"Samples by scale of the prior{note}", columns=9,
-                row_captions=[f"{scale:.1f}" for scale in scales])
+                row_captions=[f"{scale:.1f}" for scale in scales], width=3.6)
 
 
 @torch.no_grad()
@@ -430,7 +437,7 @@ def save_interpolation(model, test, filename, note=""):
     save_images(interpolate(model, pairs).flatten(0, 1), filename,
                 f"Interpolation in latent space between test images{note}", columns=9,
                 captions=[f"t = {k}/8" for k in range(9)],
-                row_captions=[f"{digit} to {digit + 1}" for digit in range(0, 10, 2)])
+                row_captions=[f"{digit} to {digit + 1}" for digit in range(0, 10, 2)], width=4.5)
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoint
@@ -499,6 +506,7 @@ def run(args, checkpoint):
     old = out_dir / "results.json"
     if data.name != "mnist" and old.exists() and '"dataset": "mnist"' in old.read_text():
         raise InputError(f"{out_dir} has results on MNIST, which {data.name} must not replace: name another --out_dir")
+    claim(out_dir)
     train, val, test = (split.images.to(device) for split in (data.train, data.val, data.test))
     if args.dry_run:
         train, val, test = train[:5 * args.batch_size // 2], val[:200], test[:200]
@@ -642,7 +650,7 @@ def save_sample_files(args, checkpoint):
     write_atomic(args.out_dir / "samples.npz",
                  lambda file: np.savez_compressed(file, samples=samples.view(-1, 28, 28).numpy()))
     save_images(samples[:100], args.out_dir / "samples.png", f"Samples{label(checkpoint['flags']['dataset'])}",
-                columns=min(10, args.sample))
+                columns=min(10, args.sample), width=3.6)
 
 
 def main(argv=None):

@@ -27,11 +27,12 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib import rc_context
 from matplotlib.figure import Figure  # not pyplot: files only, no display
 from scipy.stats import norm
 from tqdm import tqdm
 
-from datasets import InputError, label, load_binarized, write_atomic
+from datasets import InputError, claim, label, load_binarized, write_atomic
 
 EMA_DECAY = 0.999  # of the averaged weights, per update
 MAX_GRAD_NORM = 100  # above nearly all: against the rare outlier whose gradient would spoil the weights
@@ -200,21 +201,28 @@ def evaluate(model, x, iw_samples):
 
 # --------------------------------------------------------------------------------------------------------- figures
 
+PRINT = {  # drawn as large as the report prints them, in inches and points
+    "font.size": 8, "axes.titlesize": 8, "figure.titlesize": 8, "legend.fontsize": 7, "legend.handlelength": 1.5,
+    "lines.linewidth": 1, "lines.markersize": 3,
+    "savefig.dpi": 300, "savefig.bbox": "tight", "savefig.pad_inches": 0.03}
+
+
+@rc_context(PRINT)
 def save_elbo_plot(train_curve, val_curve, filename, note=""):
     """Average ELBO of each epoch, nats per image (question 1.13). The first few may lie below the frame."""
     epochs = range(1, len(train_curve) + 1)
-    figure = Figure(figsize=(5, 3.2))
+    figure = Figure(figsize=(2.7, 2.1), layout="constrained")
     axes = figure.subplots()
     axes.plot(epochs, train_curve, "-", label=f"training (last {train_curve[-1]:.1f})")
     axes.plot(epochs, val_curve, "--", label=f"validation (best {max(val_curve):.1f})")
     axes.set(xlabel="epoch", ylabel="ELBO (nats per image)", title=f"Evidence lower bound{note}")
     if len(train_curve) > 4:
-        axes.set_ylim(bottom=np.quantile([*train_curve, *val_curve], 0.1) - 2)
+        low, high = np.quantile([*train_curve, *val_curve], [0.1, 1])
+        axes.set_ylim(bottom=low - 0.25 * (high - low))  # with room for the legend
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    write_atomic(filename, lambda file: figure.savefig(file, format=Path(filename).suffix[1:], dpi=200,
-                                                     bbox_inches="tight"))
+    write_atomic(filename, lambda file: figure.savefig(file, format=Path(filename).suffix[1:]))
 
 
 def image_grid(images, columns):
@@ -224,17 +232,18 @@ def image_grid(images, columns):
     return images.transpose(1, 2).flatten(2).flatten(0, 1).numpy()  # [rows * 30, columns * 30]
 
 
+@rc_context(PRINT)
 def save_images(panels, filename, title, columns=8):
     """Draw panels, {caption: images [N, 784] in [0, 1]}, side by side."""
     grids = [image_grid(images, columns) for images in panels.values()]
     height, width = grids[0].shape
-    figure = Figure(figsize=(3.3 * len(panels), 3.3 * height / width + 0.5), layout="constrained")
+    figure = Figure(figsize=(2.2 * len(panels), 2.2 * height / width + 0.3), layout="constrained")
     for axis, grid, caption in zip(figure.subplots(1, len(panels), squeeze=False)[0], grids, panels):
         axis.imshow(grid, cmap="gray_r", vmin=0, vmax=1)
-        axis.set_title(caption, fontsize=9)
+        axis.set_title(caption)
         axis.axis("off")
-    figure.suptitle(title, fontsize=11)
-    write_atomic(filename, lambda file: figure.savefig(file, format="png", dpi=200, bbox_inches="tight"))
+    figure.suptitle(title)
+    write_atomic(filename, lambda file: figure.savefig(file, format="png"))
 
 
 def save_samples(model, filename, title):
@@ -252,6 +261,7 @@ def save_reconstructions(model, x, filename, note=""):
 
 
 @torch.no_grad()
+@rc_context(PRINT)
 def save_manifold(model, filename, note="", n=20):
     """Decoder means over a grid of z whose lines have equal mass of the prior between them (question 1.15).
 
@@ -260,11 +270,11 @@ def save_manifold(model, filename, note="", n=20):
     z = torch.from_numpy(norm.ppf(np.linspace(0.01, 0.99, n))).float()
     z1, z2 = torch.meshgrid(z, z.flip(0), indexing="xy")  # z1 grows to the right, z2 upwards
     means = model.decoder(torch.stack([z1, z2], dim=-1).view(-1, 2).to(next(model.parameters()).device))
-    figure = Figure(figsize=(6, 6))
+    figure = Figure(figsize=(4.7, 4.7), layout="constrained")
     axes = figure.subplots()
     axes.imshow(image_grid(means, n), cmap="gray_r", vmin=0, vmax=1, extent=(0, 1, 0, 1))
     axes.set(xlabel=r"$\Phi(z_1)$", ylabel=r"$\Phi(z_2)$", title=f"Decoder means over the latent space{note}")
-    write_atomic(filename, lambda file: figure.savefig(file, format="png", dpi=200, bbox_inches="tight"))
+    write_atomic(filename, lambda file: figure.savefig(file, format="png"))
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoint
@@ -329,6 +339,7 @@ def run(args, checkpoint):
     old = out_dir / "results.json"
     if data.name != "mnist" and old.exists() and '"dataset": "mnist"' in old.read_text():
         raise InputError(f"{out_dir} has results on MNIST, which {data.name} must not replace: name another --out_dir")
+    claim(out_dir)
     train, val, test = (split.images.to(device) for split in (data.train, data.val, data.test))
     if args.dry_run:
         train, val, test = train[:5 * args.batch_size // 2], val[:200], test[:200]
@@ -375,8 +386,13 @@ def run(args, checkpoint):
         with torch.no_grad():
             torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
         bar.update()
-        if n % 50 == 0:
-            bar.set_postfix_str(f"ELBO {-float(losses[-1][0]):.1f}")
+        if n % 50 == 0 or n % n_batches == 0 or signals:
+            elbo = -float(losses[-1][0])
+            if not math.isfinite(elbo + sum(p.detach().sum() for p in model.parameters())):
+                kept = f" (checkpoint.pt is of epoch {len(rows)})" if rows else ""
+                raise InputError(f"the ELBO or a weight in epoch {len(rows) + 1} is not finite{kept}: start anew with "
+                                 f"a --lr below {args.lr:g}")
+            bar.set_postfix_str(f"ELBO {elbo:.1f}")
         if signals:
             sys.exit(128 + signals[0])
 

@@ -39,6 +39,8 @@ N_TRAIN, N_VAL, N_TEST = 50_000, 10_000, 10_000
 GLYPH_FONTS = ("DejaVuSans DejaVuSans-Oblique DejaVuSansMono DejaVuSansMono-Oblique DejaVuSerif DejaVuSerif-Italic "
                "STIXGeneral STIXGeneralBol STIXGeneralItalic STIXGeneralBolIta cmr10 cmb10 cmss10 cmtt10").split()
 
+CLAIMED = {}  # folders that this process writes to, and their locks
+
 
 class InputError(Exception):
     """What the user can mend: the message is one line that says what is wrong and what to do."""
@@ -131,6 +133,28 @@ def write_atomic(path, write):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def claim(folder):
+    """Keep other processes' runs out of a folder until this process ends, and remove what one that was killed left.
+
+    Raises InputError if another process has the folder.
+    """
+    folder = Path(folder).resolve()
+    if folder in CLAIMED:
+        return
+    try:
+        import fcntl  # not on Windows
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, even by kill -9
+        CLAIMED[folder] = lock
+        for half_written in folder.glob(".*.tmp"):
+            half_written.unlink()
+    except BlockingIOError:
+        raise InputError(f"another run is writing to {folder}: let it end, or name another --out_dir") from None
+    except (ImportError, OSError):  # no locks here; a folder that cannot be made is write_atomic's to tell
+        pass
 
 
 def find(path):

@@ -1,10 +1,13 @@
 """What the tests share: the scripts on the path, glyphs made once, and scripts run as a user runs them."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 CODE = Path(__file__).resolve().parents[1]
@@ -25,7 +28,9 @@ def glyphs_dir(tmp_path_factory):
     """A data folder with the glyphs in it."""
     import datasets
     folder = tmp_path_factory.mktemp("data")
-    datasets.load("glyphs", folder)
+    glyphs = [np.concatenate(parts) for parts in zip(*([x.numpy() for x in split] for split in (
+        datasets.load("glyphs", folder)[1:4])))]
+    np.savez(folder / "glyphs.npz", images=glyphs[0], labels=glyphs[1])  # not compressed: read a hundred times
     return folder
 
 
@@ -50,3 +55,33 @@ def run_script(name, *args, cwd):
     process = start_script(name, *args, cwd=cwd)
     stdout, stderr = process.communicate(timeout=300)
     return process.returncode, stdout, stderr
+
+
+def run_killed(name, *args, patch="", cwd):
+    """Run it, after the statement `patch`, and kill -9 it when its second checkpoint.pt is written, not yet in place."""
+    program = f"""
+import os, signal, sys
+sys.path.insert(0, {str(CODE)!r})
+import {name}
+{patch}
+replace, checkpoints = os.replace, []
+def killed(temporary, path):
+    checkpoints.extend([path] * (path.name == "checkpoint.pt"))
+    if len(checkpoints) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(temporary, path)
+os.replace = killed
+{name}.main(sys.argv[1:])
+"""
+    process = subprocess.run([sys.executable, "-c", program, *map(str, args)], cwd=cwd, timeout=300)
+    assert process.returncode == -signal.SIGKILL
+
+
+@contextlib.contextmanager
+def locked_by_another(folder):
+    """Hold the folder's lock as a run in another process does: a lock is of the descriptor, not of the process."""
+    fcntl = pytest.importorskip("fcntl")  # not on Windows
+    lock = os.open(folder, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    yield
+    os.close(lock)

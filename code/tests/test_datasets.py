@@ -2,13 +2,14 @@
 
 import gzip
 import hashlib
+import os
 
 import numpy as np
 import pytest
 import torch
 
 import datasets
-from conftest import mnist_dir, needs_mnist
+from conftest import locked_by_another, mnist_dir, needs_mnist
 
 
 def idx(array):
@@ -153,6 +154,32 @@ def test_write_atomic_keeps_the_old_file_when_the_disk_is_full(tmp_path, monkeyp
     with pytest.raises(datasets.InputError, match="No space left"):
         datasets.write_atomic(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_claim_refuses_a_folder_that_another_process_has_and_clears_what_a_killed_one_left(tmp_path):
+    left = tmp_path / ".checkpoint.pt.1234.tmp"
+    left.write_bytes(b"half of a checkp")
+    with locked_by_another(tmp_path):
+        with pytest.raises(datasets.InputError, match="another run is writing"):
+            datasets.claim(tmp_path)
+        assert left.exists()
+    datasets.claim(tmp_path)
+    datasets.claim(tmp_path)  # its own already
+    assert not left.exists()
+
+
+def test_write_atomic_into_a_read_only_folder_is_one_line(tmp_path):
+    tmp_path.chmod(0o500)
+    if os.geteuid() == 0:
+        os.seteuid(65534)  # root may write anywhere
+    try:
+        with pytest.raises(datasets.InputError, match=r"cannot write .*file \(Permission denied\): .*another folder"):
+            datasets.write_atomic(tmp_path / "file", lambda file: file.write(b"new"))
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+        tmp_path.chmod(0o700)
+    assert not list(tmp_path.iterdir())
 
 
 @needs_mnist
