@@ -14,6 +14,7 @@ digits, so they compare runs of this script, and not with figures from an Incept
 import argparse
 import contextlib
 import copy
+import itertools
 import json
 import math
 import platform
@@ -347,20 +348,24 @@ def save_samples(generator, filename, title):
 def save_interpolation(generator, classifier, filename, note=""):
     """Nine images on the great circle between two samples of different digits (question 2.7).
 
-    The ends: of 1000 samples that of which the classifier is surest, and that which is most surely another digit.
-    Returns the digits and the classifier's probabilities of them, for results.json.
+    Of 1000 samples those of which the classifier is surest, one per digit; of the 45 pairs of these that on whose path
+    both digits last longest. Returns the digits and the classifier's probabilities of them, for results.json.
     """
     z = noise(1000, generator.latent_dim, seed=2)
-    left = classifier.measure(generate(generator, z))[1].clone()  # [1000, 10], probabilities
-    ends, digits, sure = [], [], []
-    for _ in range(2):
-        i, digit = divmod(left.argmax().item(), 10)
-        ends, digits, sure = ends + [z[i]], digits + [digit], sure + [left[i, digit].item()]
-        left[i] = left[:, digit] = 0  # the other end is another sample, and another digit
-    save_images(generate(generator, slerp(*ends)), filename,
+    probabilities = classifier.measure(generate(generator, z))[1]  # [1000, 10]
+    surest = probabilities.argmax(0)  # [10]
+    paths = {pair: generate(generator, slerp(*z[surest[list(pair)]])) for pair in itertools.combinations(range(10), 2)}
+
+    def shorter_stay(pair):
+        seen = classifier.measure(paths[pair])[1].argmax(1)  # [9], digits
+        return min((seen == digit).sum().item() for digit in pair)
+
+    digits = max(paths, key=shorter_stay)
+    sure = [probabilities[surest[digit], digit].item() for digit in digits]
+    save_images(paths[digits], filename,
                 f"From a {digits[0]} (p = {sure[0]:.3f}) to a {digits[1]} (p = {sure[1]:.3f}), spherical interpolation"
                 f"{note}", columns=9, captions=[f"t = {k}/8" for k in range(9)], width=5.5)
-    return {"path": "spherical", "digits": digits, "probabilities": sure}
+    return {"path": "spherical", "digits": list(digits), "probabilities": sure}
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoint
@@ -600,6 +605,7 @@ def main(argv=None):
 def parse_args(argv=None):
     """The flags, and the checkpoint that --resume means, or None: flags not given now are those of its run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{SCRIPT}.py: error: {message} (-h lists all flags)\n")
     flag = parser.add_argument_group("model and training").add_argument
     flag("--latent_dim", type=int, default=100, help="dimensions of the noise z (default %(default)s)")
     flag("--epochs", "--n_epochs", type=int, default=200, help="passes over the training set (default %(default)s)")

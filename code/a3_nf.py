@@ -669,6 +669,7 @@ def main(argv=None):
 def parse_args(argv=None):
     """The flags, and the checkpoint that --resume means, or None: flags not given now are those of its run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{SCRIPT}.py: error: {message} (-h lists all flags)\n")
     flag = parser.add_argument_group("model and training").add_argument
     flag("--n_mixtures", type=int, default=12, help="logistics in the mixture of a coupling; 0 for affine couplings "
          "(default %(default)s)")

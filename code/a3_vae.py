@@ -215,7 +215,7 @@ def save_elbo_plot(train_curve, val_curve, filename, note=""):
     axes = figure.subplots()
     axes.plot(epochs, train_curve, "-", label=f"training (last {train_curve[-1]:.1f})")
     axes.plot(epochs, val_curve, "--", label=f"validation (best {max(val_curve):.1f})")
-    axes.set(xlabel="epoch", ylabel="ELBO (nats per image)", title=f"Evidence lower bound{note}")
+    axes.set(xlabel="epoch", ylabel="ELBO (nats per image)", title=f"ELBO{note}")
     if len(train_curve) > 4:
         low, high = np.quantile([*train_curve, *val_curve], [0.1, 1])
         axes.set_ylim(bottom=low - 0.25 * (high - low))  # with room for the legend
@@ -270,9 +270,10 @@ def save_manifold(model, filename, note="", n=20):
     z = torch.from_numpy(norm.ppf(np.linspace(0.01, 0.99, n))).float()
     z1, z2 = torch.meshgrid(z, z.flip(0), indexing="xy")  # z1 grows to the right, z2 upwards
     means = model.decoder(torch.stack([z1, z2], dim=-1).view(-1, 2).to(next(model.parameters()).device))
+    edge = 0.49 / (n - 1)  # half a tile, as u is in the middle of each
     figure = Figure(figsize=(4.7, 4.7), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(image_grid(means, n), cmap="gray_r", vmin=0, vmax=1, extent=(0, 1, 0, 1))
+    axes.imshow(image_grid(means, n), cmap="gray_r", vmin=0, vmax=1, extent=2 * (0.01 - edge, 0.99 + edge))
     axes.set(xlabel=r"$\Phi(z_1)$", ylabel=r"$\Phi(z_2)$", title=f"Decoder means over the latent space{note}")
     write_atomic(filename, lambda file: figure.savefig(file, format="png"))
 
@@ -430,7 +431,8 @@ def run(args, checkpoint):
         averaged.load_state_dict(best["model"])
         torch.manual_seed(args.seed)  # so that an interrupted run ends with the same results
         scores = evaluate(averaged, test, args.iw_samples)
-        save_elbo_plot(*([row[key] for row in rows] for key in ("train_elbo", "val_elbo")), out_dir / "elbo.png", note)
+        save_elbo_plot(*([row[key] for row in rows] for key in ("train_elbo", "val_elbo")), out_dir / "elbo.png",
+                       f", {args.zdim} latent dimensions{note}")
         save_samples(averaged, out_dir / "samples_end.png", f"Samples after training{note}")
         save_reconstructions(averaged, val[::len(val) // 50][:50], out_dir / "reconstructions.png", note)
         if args.zdim == 2:
@@ -489,6 +491,7 @@ def main(argv=None):
 def parse_args(argv=None):
     """The flags, and the checkpoint that --resume means, or None: flags not given now are those of its run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{SCRIPT}.py: error: {message} (-h lists all flags)\n")
     flag = parser.add_argument_group("model and training").add_argument
     flag("--zdim", type=int, default=20, help="dimensions of the latent space (default %(default)s)")
     flag("--epochs", type=int, default=40, help="passes over the training set (default %(default)s)")

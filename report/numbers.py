@@ -35,7 +35,11 @@ def text(key, value):
         return f"{value:,}".replace(",", r"\,") if value >= 10_000 else str(value)
     if key == "lr":
         return f"{value:g}"
-    digits = 3 if any(word in key for word in ("bpd", "coverage", "loss", "confidence")) else 0 if value > 100 or key == "seconds_to_1_85" else 2
+    digits = 2
+    if value > 100 or key == "seconds_to_1_85":
+        digits = 0
+    elif any(word in key for word in ("bpd", "coverage", "loss", "confidence")):
+        digits = 3
     return f"{value:.{digits}f}".replace("-", r"\ensuremath{-}")
 
 
@@ -51,6 +55,7 @@ def main():
             sys.exit(f"numbers.py: error: no results in {folder} ({error}): make them in code/ with {command}")
         values = {**results.pop("flags"), **results, **{f"last_{key}": float(x) for key, x in last.items() if x}}
         values["train_minutes"] = round(values["train_seconds"] / 60)
+        values["epoch_seconds"] = round(values["train_seconds"] / values["epochs"])
         values["million_parameters"] = values["parameters"] / 1e6
         values["half_epoch"] = (values["epochs"] + 1) // 2
         if prefix == "gan":

@@ -485,6 +485,12 @@ def dry_run(out_dir, data_dir, *more):
     return main(*dry_flags(out_dir, data_dir, *more))
 
 
+def one_line(capsys):
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("a3_nf.py: error: ")
+    return err
+
+
 def resume(path, data_dir, *more):
     return main("--resume", path, "--data_dir", data_dir, "--device", "cpu", *more)
 
@@ -742,19 +748,13 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path, glyphs_dir, capsys):
     ["--device", "cuda:99"], ["--device", "toaster"], ["--device", "meta"], ["--sample", "5"], ["--unknown"]])
 def test_wrong_usage_exits_with_2_and_says_why(args, capsys):
     assert main(*args) == 2
-    assert args[0] in capsys.readouterr().err
+    assert args[0] in one_line(capsys)
 
 
 def test_resume_refuses_flags_that_would_change_the_run(finished, glyphs_dir, capsys):
     changed = "--lr", 0.1, "--n_mixtures", 20, "--out_dir", finished / "x"
     assert resume(finished / "checkpoint.pt", glyphs_dir, *changed) == 2
     assert "--n_mixtures --lr --out_dir" in capsys.readouterr().err
-
-
-def one_line(capsys):
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and err.startswith("a3_nf.py: error: ")
-    return err
 
 
 def test_bad_checkpoints_are_refused_in_one_line(finished, tmp_path, glyphs_dir, capsys):
