@@ -329,7 +329,7 @@ def test_interpolation_is_between_the_surest_samples_where_both_digits_last_long
         start, end = ((z == x).all(1).nonzero().item() for x in (pixels[0], pixels[-1]))  # the ends are exact
         assert start % 100 == end % 100 == 7
         held = 4 if (start, end) == (307, 407) else 6 + (start + end) // 100 % 3  # of the nine images
-        return None, F.one_hot(torch.tensor([start // 100] * held + [end // 100] * (9 - held)), 10)
+        return None, torch.nn.functional.one_hot(torch.tensor([start // 100] * held + [end // 100] * (9 - held)), 10)
     monkeypatch.setattr(Classifier, "measure", measure)
     monkeypatch.setattr(a3_gan, "generate", lambda generator, z: z)
     monkeypatch.setattr(a3_gan, "save_images", lambda pixels, *args, **kwargs: drawn.append((pixels, args)))
