@@ -58,7 +58,7 @@ def run_script(name, *args, cwd):
 
 
 def run_killed(name, *args, patch="", cwd):
-    """Run it, after the statement `patch`, and kill -9 it when its second checkpoint.pt is written, not yet in place."""
+    """Run it, after the statement `patch`; kill -9 it when its second checkpoint.pt is written, not yet in place."""
     program = f"""
 import os, signal, sys
 sys.path.insert(0, {str(CODE)!r})

@@ -15,7 +15,8 @@ from scipy.spatial.distance import cdist
 import a3_gan
 import datasets
 from a3_gan import (Classifier, Discriminator, Generator, coverage, discriminator_loss, evaluate, frechet_distance,
-                    generate, generator_loss, gradient_penalty, load_model, nearest_distance, noise, slerp, to_images, train)
+                    generate, generator_loss, gradient_penalty, load_model, nearest_distance, noise, slerp, to_images,
+                    train)
 from conftest import locked_by_another, mnist_dir, needs_mnist, run_killed, run_script, start_script
 
 
@@ -162,7 +163,8 @@ def test_epoch_average_is_weighted_by_batch_size_and_completes_an_interrupted_ep
     assert averages == pytest.approx(((12 * 3 + 4 * math.log(4)) / 16, (12 * 5 + 4 * math.log(2)) / 16))
     assert len(losses) == 2 and calls == [1]
     with_labels = [(torch.zeros(4, 1, 28, 28), torch.zeros(4))]  # as torch's and the template's DataLoader have it
-    assert train(with_labels, discriminator, generator, optimizer, optimizer) == pytest.approx((math.log(4), math.log(2)))
+    losses = train(with_labels, discriminator, generator, optimizer, optimizer)
+    assert losses == pytest.approx((math.log(4), math.log(2)))
 
 
 def test_it_learns():
@@ -203,7 +205,7 @@ def test_noise_is_standard_normal_and_leaves_the_global_state_alone():
 # -------------------------------------------------------------------------------------------------------- metrics
 
 def test_frechet_distance_of_commuting_gaussians():
-    """Diagonal covariances: |m1 - m2|^2 + sum (s1 - s2)^2. The sample moments are made exact, so the equality is too."""
+    """Diagonal covariances: |m1 - m2|^2 + sum (s1 - s2)^2. The sample moments are exact, so the equality is too."""
     z = torch.randn(500, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     z = z - z.mean(0)
     z = z @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(z.T))).T  # mean 0, covariance I
@@ -259,7 +261,7 @@ def test_nearest_distance_by_hand():
 
 
 class FirstPixel(torch.nn.Module):
-    """A stand-in classifier: the digit is the first pixel, of which it is as sure as it is told; feature d is pixel d."""
+    """A stand-in classifier: the digit is the first pixel, and it is as sure of it as told; feature d is pixel d."""
 
     def __init__(self, sure=1.0):
         super().__init__()
@@ -471,13 +473,14 @@ def test_mnist_generator_is_the_averaged_generator_alone(finished):
 
 def test_from_another_folder_with_every_flag_then_sample(tmp_path, glyphs_dir, monkeypatch):
     status, stdout, stderr = run_script(
-        "a3_gan.py", "--latent_dim", 3, "--n_epochs", 1, "--batch_size", 64, "--lr", 1e-3, "--seed", 7, "--device", "cpu",
-        "--save_interval", 2, "--dataset", "glyphs", "--data_dir", glyphs_dir, "--out_dir", "run", "--dry_run",
-        cwd=tmp_path)
+        "a3_gan.py", "--latent_dim", 3, "--n_epochs", 1, "--batch_size", 64, "--lr", 1e-3, "--seed", 7,
+        "--device", "cpu", "--save_interval", 2, "--dataset", "glyphs", "--data_dir", glyphs_dir, "--out_dir", "run",
+        "--dry_run", cwd=tmp_path)
     assert status == 0, stderr
     assert "glyphs, not MNIST" in stdout
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES | {"progress"}
-    assert [path.name for path in (tmp_path / "run" / "progress").iterdir()] == ["batch_0000002.png"]  # of three batches
+    progress = [path.name for path in (tmp_path / "run" / "progress").iterdir()]
+    assert progress == ["batch_0000002.png"]  # of three batches
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 2  # a header and one epoch
     monkeypatch.chdir(tmp_path)
     assert main("--resume", "run/checkpoint.pt", "--sample", 12, "--out_dir", "elsewhere") == 0
@@ -500,7 +503,8 @@ def test_offline_it_goes_on_with_glyphs_and_says_so_everywhere(tmp_path, glyphs_
     monkeypatch.setattr(a3_gan.tempfile, "mkdtemp", lambda prefix: str(tmp_path / "temporary"))
     assert main("--dry_run", "--data_dir", glyphs_dir, "--device", "cpu") == 0
     out, err = capsys.readouterr()
-    assert "NO MNIST" in err and json.loads((tmp_path / "temporary" / "results.json").read_text())["dataset"] == "glyphs"
+    results = json.loads((tmp_path / "temporary" / "results.json").read_text())
+    assert "NO MNIST" in err and results["dataset"] == "glyphs"
     lines = [line for line in out.splitlines() if not line.startswith(("epoch", "downloading", "training the"))]
     assert len(lines) == 7 and all("[glyphs, not MNIST]" in line for line in lines)
     assert a3_gan.default_out_dir("glyphs").name == "gan_glyphs" and a3_gan.default_out_dir("mnist").name == "gan"
@@ -655,8 +659,8 @@ def test_any_number_of_updates(tmp_path, glyphs_dir, size, updates, monkeypatch)
          "nearest_train_distance", "nearest_train_distance_of_test"), 0.0) | {"class_shares": [0.1] * 10})
     monkeypatch.setattr(a3_gan, "generate", lambda generator, z: torch.zeros(len(z), 784, dtype=torch.uint8))
     monkeypatch.setattr(a3_gan, "save_interpolation", lambda *args: None)
-    assert main("--dataset", "glyphs", "--data_dir", glyphs_dir, "--out_dir", tmp_path, "--device", "cpu", "--epochs", 1,
-                "--batch_size", size) == 0
+    assert main("--dataset", "glyphs", "--data_dir", glyphs_dir, "--out_dir", tmp_path, "--device", "cpu",
+                "--epochs", 1, "--batch_size", size) == 0
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["schedule_G"]["last_epoch"] == updates
 
 
@@ -692,16 +696,19 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path, glyphs_dir, capsys):
 
 
 @pytest.mark.parametrize("args", [
-    ["--epochs", "0"], ["--n_epochs", "-3"], ["--epochs", "many"], ["--batch_size", "1"], ["--batch_size", "50000"], ["--lr", "nan"], ["--lr", "0"],
+    ["--epochs", "0"], ["--n_epochs", "-3"], ["--epochs", "many"], ["--batch_size", "1"], ["--batch_size", "50000"],
+    ["--lr", "nan"], ["--lr", "0"],
     ["--latent_dim", "1"], ["--latent_dim", "1000000"], ["--seed", "-1"], ["--save_interval", "-1"],
-    ["--dataset", "cifar"], ["--device", "cuda:99"], ["--device", "toaster"], ["--device", "meta"], ["--sample", "5"], ["--unknown"]])
+    ["--dataset", "cifar"], ["--device", "cuda:99"], ["--device", "toaster"], ["--device", "meta"],
+    ["--sample", "5"], ["--unknown"]])
 def test_wrong_usage_exits_with_2_and_says_why(args, capsys):
     assert main(*args) == 2
     assert args[0].replace("n_", "") in one_line(capsys).replace("n_", "")
 
 
 def test_resume_refuses_flags_that_would_change_the_run(finished, glyphs_dir, capsys):
-    assert resume(finished / "checkpoint.pt", glyphs_dir, "--lr", 0.1, "--latent_dim", 20, "--out_dir", finished / "x") == 2
+    changed = "--lr", 0.1, "--latent_dim", 20, "--out_dir", finished / "x"
+    assert resume(finished / "checkpoint.pt", glyphs_dir, *changed) == 2
     assert "--latent_dim --lr --out_dir" in capsys.readouterr().err
 
 
@@ -737,7 +744,8 @@ def test_resume_refuses_other_data(finished, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("ctrl_c", [False, True])
-def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, glyphs_dir, monkeypatch, capsys, ctrl_c):
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
+        tmp_path, glyphs_dir, monkeypatch, capsys, ctrl_c):
     calls, loss = [], a3_gan.generator_loss
 
     def diverging(scores):
@@ -756,7 +764,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_pa
 @pytest.mark.parametrize("name", ["samples_start.png", "best.pt", "metrics.csv", "checkpoint.pt", "mnist_generator.pt",
                                   "losses.png", "results.json"])
 def test_full_disk_is_one_line_and_the_run_can_go_on(measured_often, tmp_path, glyphs_dir, monkeypatch, capsys, name):
-    """Whichever file cannot be written, the second time it is tried: where there is a checkpoint, it goes on from there."""
+    """Whichever file cannot be written, the second time: if there is a checkpoint, it goes on from there."""
     measure_each_epoch(monkeypatch)
     replace, tried = datasets.os.replace, []
 

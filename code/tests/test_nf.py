@@ -807,7 +807,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
 @pytest.mark.parametrize("name", [
     "samples_start.png", "best.pt", "metrics.csv", "checkpoint.pt", "bpd.png", "results.json"])
 def test_full_disk_is_one_line_and_the_run_can_go_on(finished, tmp_path, glyphs_dir, monkeypatch, capsys, name):
-    """Whichever file cannot be written, the second time it is tried: if there is a checkpoint, it goes on from there."""
+    """Whichever file cannot be written, the second time: if there is a checkpoint, it goes on from there."""
     monkeypatch.setattr(a3_nf, "TARGET_BPD", 9)
     replace, tried = datasets.os.replace, []
 

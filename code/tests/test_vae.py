@@ -14,7 +14,8 @@ from scipy import integrate, stats
 
 import a3_vae
 import datasets
-from a3_vae import VAE, Decoder, Encoder, epoch_iter, evaluate, kl_divergence, load_model, log_p_x_given_z, run_epoch, shift_some
+from a3_vae import (VAE, Decoder, Encoder, epoch_iter, evaluate, kl_divergence, load_model, log_p_x_given_z, run_epoch,
+                    shift_some)
 from conftest import locked_by_another, mnist_dir, needs_mnist, run_killed, run_script, start_script
 
 
@@ -294,8 +295,8 @@ def test_from_another_folder_with_every_flag_then_sample(tmp_path, glyphs_dir, m
 def test_help_names_every_flag_and_its_default(capsys):
     assert main("-h") == 0
     text = capsys.readouterr().out
-    for flag in ("--zdim", "--epochs", "--batch_size", "--lr", "--seed", "--device", "--dataset", "--data_dir", "--out_dir",
-                 "--resume", "--sample", "--dry_run", "--iw_samples"):
+    for flag in ("--zdim", "--epochs", "--batch_size", "--lr", "--seed", "--device", "--dataset", "--data_dir",
+                 "--out_dir", "--resume", "--sample", "--dry_run", "--iw_samples"):
         assert flag in text
     assert text.count("default") >= 10
 
@@ -304,7 +305,8 @@ def test_offline_it_goes_on_with_glyphs_and_says_so_everywhere(tmp_path, glyphs_
     monkeypatch.setattr(a3_vae.tempfile, "mkdtemp", lambda prefix: str(tmp_path / "temporary"))
     assert main("--dry_run", "--data_dir", glyphs_dir, "--device", "cpu", "--iw_samples", 0) == 0
     out, err = capsys.readouterr()
-    assert "NO MNIST" in err and json.loads((tmp_path / "temporary" / "results.json").read_text())["dataset"] == "glyphs"
+    results = json.loads((tmp_path / "temporary" / "results.json").read_text())
+    assert "NO MNIST" in err and results["dataset"] == "glyphs"
     lines = [line for line in out.splitlines() if not line.startswith(("epoch", "downloading"))]
     assert len(lines) == 5 and all("[glyphs, not MNIST]" in line for line in lines)
     assert a3_vae.default_out_dir(20, "glyphs").name == "vae_z20_glyphs"
@@ -329,8 +331,8 @@ def test_any_number_of_updates(tmp_path, glyphs_dir, updates, monkeypatch):
     monkeypatch.setattr(a3_vae, "evaluate", lambda *args: {"test_elbo": 0, "test_log_p_x_given_z": 0, "test_kl": 0})
     for name in ("save_samples", "save_reconstructions", "save_elbo_plot"):
         monkeypatch.setattr(a3_vae, name, lambda *args: None)
-    assert main("--dataset", "glyphs", "--data_dir", glyphs_dir, "--out_dir", tmp_path, "--device", "cpu", "--epochs", 1,
-                "--iw_samples", 0, "--batch_size", math.ceil(50_000 / updates)) == 0
+    assert main("--dataset", "glyphs", "--data_dir", glyphs_dir, "--out_dir", tmp_path, "--device", "cpu",
+                "--epochs", 1, "--iw_samples", 0, "--batch_size", math.ceil(50_000 / updates)) == 0
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["schedule"]["last_epoch"] == updates
 
 
@@ -462,7 +464,8 @@ def test_bad_checkpoints_are_refused_in_one_line(finished, tmp_path, glyphs_dir,
     torch.save({"script": "a3_vae"}, tmp_path / "empty.pt")
     torch.save({"script": "a3_vae", "evil": pytest.raises}, tmp_path / "code.pt")  # would need to run code to load
     for name, words in (("truncated.pt", "truncated"), ("text.pt", "corrupt"), ("gan.pt", "a3_gan.py"),
-                        ("list.pt", "not a checkpoint"), ("layers.pt", "this version"), ("empty.pt", "this version"), ("code.pt", "not a checkpoint"), ("none.pt", "there is no")):
+                        ("list.pt", "not a checkpoint"), ("layers.pt", "this version"), ("empty.pt", "this version"),
+                        ("code.pt", "not a checkpoint"), ("none.pt", "there is no")):
         assert resume(tmp_path / name, glyphs_dir) == 1
         err = one_line(capsys)
         assert words in err and name in err
