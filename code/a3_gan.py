@@ -1,14 +1,14 @@
 """Generative adversarial network on MNIST (hand-out questions 2.5 to 2.7).
 
     python a3_gan.py --n_epochs 200     # figures and results in report/figures/gan
-    python a3_gan.py --n_epochs 20      # in a tenth of the time, nearly as good
+    python a3_gan.py --n_epochs 20 --out_dir gan20     # in a tenth of the time, nearly as good
 
 Expect, after 200 epochs: Frechet distance 0.97 to the test images (10,000 training images: 0.71), coverage 0.93 (0.95),
 all ten digits. One run (seed 42), 42 minutes in all on two cores of an EPYC. After 20 epochs: 1.36 and 0.88.
 Sources: Goodfellow et al. (2014), Generative Adversarial Nets; Mescheder et al. (2018) for the gradient penalty; Yazici
 et al. (2019) for the averaged generator, from which all samples are; Heusel et al. (2017) for the Frechet distance and
 for two learning rates; Naeem et al. (2020) for coverage. Both metrics use the features of a LeNet-5 trained on the
-digits, so they compare runs of this script, and not with figures from an Inception network.
+digits and kept in data/: they compare generators on one machine, and not with figures from an Inception network.
 """
 
 import argparse
@@ -33,13 +33,14 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure  # not pyplot: files only, no display
 from tqdm import tqdm
 
-from datasets import InputError, Split, claim, label, load, resolve_data_dir, write_atomic
+from datasets import InputError, Split, claim, label, load, release, resolve_data_dir, write_atomic
 
 EMA_DECAY = 0.9999  # of the averaged generator, per update
 R1_GAMMA, R1_EVERY = 3.0, 16  # strength of the gradient penalty; it is computed in one batch of so many
 FID_EVERY = 5  # epochs
 SCRIPT = "a3_gan"
-FLAGS = ("latent_dim", "epochs", "batch_size", "lr", "seed", "save_interval", "dataset", "dry_run")  # kept with a run
+FLAGS = ("latent_dim", "epochs", "batch_size", "lr", "seed", "save_interval",
+         "dataset", "dry_run")  # of a run, kept with it
 
 
 # ----------------------------------------------------------------------------------------------------------- model
@@ -375,11 +376,16 @@ def read_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # so that a file cannot run code
         script = checkpoint["script"]
-        if script == SCRIPT:  # are all flags there, and do the weights fit?
+        if script == SCRIPT:  # are all flags there, do the weights fit, and are they finite?
             checkpoint["flags"] = {name: checkpoint["flags"][name] for name in FLAGS}
-            Generator(checkpoint["flags"]["latent_dim"]).load_state_dict(checkpoint["generator"])
-            Discriminator().load_state_dict(checkpoint["discriminator"])
-            Classifier().load_state_dict(checkpoint["classifier"])
+            generator, discriminator = Generator(checkpoint["flags"]["latent_dim"]), Discriminator()
+            best = checkpoint["best"]["model"] if checkpoint["best"] else checkpoint["averaged"]
+            for model, weights in ((generator, checkpoint["generator"]), (generator, checkpoint["averaged"]),
+                                   (generator, best), (discriminator, checkpoint["discriminator"]),
+                                   (Classifier(), checkpoint["classifier"])):
+                model.load_state_dict(weights)
+                if not all(tensor.isfinite().all() for tensor in weights.values()):
+                    raise ValueError("not finite")
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}: name the checkpoint.pt of a run") from None
     except Exception as error:  # torch raises a dozen kinds
@@ -433,6 +439,10 @@ def run(args, checkpoint):
     if data.name != "mnist" and old.exists() and '"dataset": "mnist"' in old.read_text():
         raise InputError(f"{out_dir} has results on MNIST, which {data.name} must not replace: name another --out_dir")
     claim(out_dir)
+    metrics = out_dir / "metrics.csv"
+    if not checkpoint and not old.exists() and metrics.exists() and metrics.stat().st_size:  # an epoch, but no results
+        raise InputError(f"{out_dir} has a run that is not finished: go on with --resume, or name another --out_dir, "
+                         f"or delete {metrics}")
     classifier = load_classifier(data, args.data_dir).to(device)
     if args.dry_run:
         data = data._replace(train=Split(*(x[:3 * args.batch_size] for x in data.train)),
@@ -477,7 +487,8 @@ def run(args, checkpoint):
         table = [list(row) for row in rows[:1]] + [
             ["" if value is None else f"{value:.8g}" for value in row.values()] for row in rows]
         text = "".join(",".join(line) + "\n" for line in table)
-        write_atomic(out_dir / "metrics.csv", lambda file: file.write(text.encode()))
+        old.unlink(missing_ok=True)  # results of another run
+        write_atomic(metrics, lambda file: file.write(text.encode()))
         write_atomic(out_dir / "checkpoint.pt", lambda file: torch.save(content, file))  # last: the others are there
 
     def floats(model):  # the tensors themselves: weights, and means and variances of batch norms
@@ -497,8 +508,8 @@ def run(args, checkpoint):
             weights = sum(tensor.sum() for tensor in (*currents, *discriminator.state_dict().values()))
             if not math.isfinite(loss_D + loss_G + weights):
                 kept = f" (checkpoint.pt is of epoch {len(rows)})" if rows else ""
-                raise InputError(f"a loss or weight in epoch {len(rows) + 1} is not finite{kept}: start anew with a "
-                                 f"--lr below {args.lr:g}")
+                raise InputError(f"the loss or a weight in epoch {len(rows) + 1} is not finite{kept}: start anew with "
+                                 f"a --lr below {args.lr:g}")
             bar.set_postfix_str(f"D {loss_D:.3f} G {loss_G:.3f} FID {best['val_fid'] if best else math.nan:.2f}")
         if args.save_interval and n % args.save_interval == 0:
             save_samples(averaged, out_dir / "progress" / f"batch_{n:07d}.png", f"Samples after {n} batches{note}")
@@ -552,11 +563,12 @@ def run(args, checkpoint):
         if len(rows) < args.epochs:
             seconds = time.time() - start
             save()
-        command = ["python", sys.argv[0], "--resume", str(out_dir / "checkpoint.pt")]
+        command = [sys.executable, sys.argv[0], "--resume", str(out_dir / "checkpoint.pt")]
         command += ["--data_dir", str(args.data_dir)] * (args.data_dir is not None)
         print(f"interrupted; to go on: {shlex.join(command)}", file=sys.stderr)
         raise
     finally:
+        on_signals()
         bar.close()
 
     seconds = sum(row["seconds"] for row in rows)
@@ -600,6 +612,8 @@ def main(argv=None):
     except InputError as error:
         print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        release()
 
 
 def parse_args(argv=None):
@@ -634,6 +648,7 @@ def parse_args(argv=None):
         paths = [(args.out_dir or default_out_dir(name)) / "checkpoint.pt" for name in names]
         path = next(filter(Path.exists, paths), paths[0])
     if path:
+        path = path / "checkpoint.pt" if path.is_dir() else path
         checkpoint = read_checkpoint(path)
         parser.set_defaults(out_dir=path.parent, **checkpoint["flags"])
         args = parser.parse_args(argv)

@@ -33,7 +33,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure  # not pyplot: files only, no display
 from tqdm import tqdm
 
-from datasets import InputError, claim, label, load, write_atomic
+from datasets import InputError, claim, label, load, release, write_atomic
 
 EMA_DECAY = 0.999  # of the averaged weights, per update
 MAX_GRAD_NORM = 1  # of bits per dimension; above nearly all: against the rare outlier that would spoil the weights
@@ -451,9 +451,13 @@ def read_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # so that a file cannot run code
         script = checkpoint["script"]
-        if script == SCRIPT:  # are all flags there, and do the weights fit?
+        if script == SCRIPT:  # are all flags there, do the weights fit, and are they finite?
             checkpoint["flags"] = {name: checkpoint["flags"][name] for name in FLAGS}
-            make_model(checkpoint["flags"]).load_state_dict(checkpoint["model"])
+            model = make_model(checkpoint["flags"])
+            for weights in (checkpoint["model"], checkpoint["averaged"], (checkpoint["best"] or checkpoint)["model"]):
+                model.load_state_dict(weights)
+                if not all(tensor.isfinite().all() for tensor in weights.values()):
+                    raise ValueError("not finite")
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}: name the checkpoint.pt of a run") from None
     except Exception as error:  # torch raises a dozen kinds
@@ -507,6 +511,10 @@ def run(args, checkpoint):
     if data.name != "mnist" and old.exists() and '"dataset": "mnist"' in old.read_text():
         raise InputError(f"{out_dir} has results on MNIST, which {data.name} must not replace: name another --out_dir")
     claim(out_dir)
+    metrics = out_dir / "metrics.csv"
+    if not checkpoint and not old.exists() and metrics.exists() and metrics.stat().st_size:  # an epoch, but no results
+        raise InputError(f"{out_dir} has a run that is not finished: go on with --resume, or name another --out_dir, "
+                         f"or delete {metrics}")
     train, val, test = (split.images.to(device) for split in (data.train, data.val, data.test))
     if args.dry_run:
         train, val, test = train[:5 * args.batch_size // 2], val[:200], test[:200]
@@ -546,7 +554,8 @@ def run(args, checkpoint):
             write_atomic(out_dir / "best.pt", lambda file: torch.save(content, file))
         table = [list(row) for row in rows[:1]] + [[f"{value:.8g}" for value in row.values()] for row in rows]
         text = "".join(",".join(line) + "\n" for line in table)
-        write_atomic(out_dir / "metrics.csv", lambda file: file.write(text.encode()))
+        old.unlink(missing_ok=True)  # results of another run
+        write_atomic(metrics, lambda file: file.write(text.encode()))
         write_atomic(out_dir / "checkpoint.pt", lambda file: torch.save(content, file))  # last: the others are there
 
     def check_target(val_bpd):
@@ -620,11 +629,12 @@ def run(args, checkpoint):
         if len(rows) < args.epochs:
             seconds = time.time() - start
             save()
-        command = ["python", sys.argv[0], "--resume", str(out_dir / "checkpoint.pt")]
+        command = [sys.executable, sys.argv[0], "--resume", str(out_dir / "checkpoint.pt")]
         command += ["--data_dir", str(args.data_dir)] * (args.data_dir is not None)
         print(f"interrupted; to go on: {shlex.join(command)}", file=sys.stderr)
         raise
     finally:
+        on_signals()
         bar.close()
 
     seconds = sum(row["seconds"] for row in rows)
@@ -664,6 +674,8 @@ def main(argv=None):
     except InputError as error:
         print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        release()
 
 
 def parse_args(argv=None):
@@ -700,6 +712,7 @@ def parse_args(argv=None):
         paths = [(args.out_dir or default_out_dir(args.n_mixtures, name)) / "checkpoint.pt" for name in names]
         path = next(filter(Path.exists, paths), paths[0])
     if path:
+        path = path / "checkpoint.pt" if path.is_dir() else path
         checkpoint = read_checkpoint(path)
         parser.set_defaults(out_dir=path.parent, **checkpoint["flags"])
         args = parser.parse_args(argv)

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure  # not pyplot: files only, no display
 from scipy.stats import norm
 from tqdm import tqdm
 
-from datasets import InputError, claim, label, load_binarized, write_atomic
+from datasets import InputError, claim, label, load_binarized, release, write_atomic
 
 EMA_DECAY = 0.999  # of the averaged weights, per update
 MAX_GRAD_NORM = 100  # above nearly all: against the rare outlier whose gradient would spoil the weights
@@ -213,8 +213,9 @@ def save_elbo_plot(train_curve, val_curve, filename, note=""):
     epochs = range(1, len(train_curve) + 1)
     figure = Figure(figsize=(2.7, 2.1), layout="constrained")
     axes = figure.subplots()
-    axes.plot(epochs, train_curve, "-", label=f"training (last {train_curve[-1]:.1f})")
-    axes.plot(epochs, val_curve, "--", label=f"validation (best {max(val_curve):.1f})")
+    marker = "." * (len(train_curve) == 1)
+    axes.plot(epochs, train_curve, "-", marker=marker, label=f"training (last {train_curve[-1]:.1f})")
+    axes.plot(epochs, val_curve, "--", marker=marker, label=f"validation (best {max(val_curve):.1f})")
     axes.set(xlabel="epoch", ylabel="ELBO (nats per image)", title=f"ELBO{note}")
     if len(train_curve) > 4:
         low, high = np.quantile([*train_curve, *val_curve], [0.1, 1])
@@ -285,9 +286,13 @@ def read_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # so that a file cannot run code
         script = checkpoint["script"]
-        if script == SCRIPT:  # are all flags there, and do the weights fit?
+        if script == SCRIPT:  # are all flags there, do the weights fit, and are they finite?
             checkpoint["flags"] = {name: checkpoint["flags"][name] for name in FLAGS}
-            VAE(z_dim=checkpoint["flags"]["zdim"]).load_state_dict(checkpoint["model"])
+            model = VAE(z_dim=checkpoint["flags"]["zdim"])
+            for weights in (checkpoint["model"], checkpoint["averaged"], (checkpoint["best"] or checkpoint)["model"]):
+                model.load_state_dict(weights)
+                if not all(tensor.isfinite().all() for tensor in weights.values()):
+                    raise ValueError("not finite")
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}: name the checkpoint.pt of a run") from None
     except Exception as error:  # torch raises a dozen kinds
@@ -341,6 +346,10 @@ def run(args, checkpoint):
     if data.name != "mnist" and old.exists() and '"dataset": "mnist"' in old.read_text():
         raise InputError(f"{out_dir} has results on MNIST, which {data.name} must not replace: name another --out_dir")
     claim(out_dir)
+    metrics = out_dir / "metrics.csv"
+    if not checkpoint and not old.exists() and metrics.exists() and metrics.stat().st_size:  # an epoch, but no results
+        raise InputError(f"{out_dir} has a run that is not finished: go on with --resume, or name another --out_dir, "
+                         f"or delete {metrics}")
     train, val, test = (split.images.to(device) for split in (data.train, data.val, data.test))
     if args.dry_run:
         train, val, test = train[:5 * args.batch_size // 2], val[:200], test[:200]
@@ -377,7 +386,8 @@ def run(args, checkpoint):
             write_atomic(out_dir / "best.pt", lambda file: torch.save(content, file))
         table = [list(row) for row in rows[:1]] + [[f"{value:.8g}" for value in row.values()] for row in rows]
         text = "".join(",".join(line) + "\n" for line in table)
-        write_atomic(out_dir / "metrics.csv", lambda file: file.write(text.encode()))
+        old.unlink(missing_ok=True)  # results of another run
+        write_atomic(metrics, lambda file: file.write(text.encode()))
         write_atomic(out_dir / "checkpoint.pt", lambda file: torch.save(content, file))  # last: the others are there
 
     def on_step():
@@ -391,7 +401,7 @@ def run(args, checkpoint):
             elbo = -float(losses[-1][0])
             if not math.isfinite(elbo + sum(p.detach().sum() for p in model.parameters())):
                 kept = f" (checkpoint.pt is of epoch {len(rows)})" if rows else ""
-                raise InputError(f"the ELBO or a weight in epoch {len(rows) + 1} is not finite{kept}: start anew with "
+                raise InputError(f"the loss or a weight in epoch {len(rows) + 1} is not finite{kept}: start anew with "
                                  f"a --lr below {args.lr:g}")
             bar.set_postfix_str(f"ELBO {elbo:.1f}")
         if signals:
@@ -412,7 +422,7 @@ def run(args, checkpoint):
             loaders = images[order].split(args.batch_size)[len(losses):], val.split(1000)
             train_elbo, val_elbo = run_epoch(model, loaders, optimizer, averaged, on_step, losses)
             if not math.isfinite(train_elbo + val_elbo):
-                raise InputError(f"the ELBO of epoch {epoch} is not finite: start anew with a --lr below {args.lr:g}")
+                raise InputError(f"the loss of epoch {epoch} is not finite: start anew with a --lr below {args.lr:g}")
             seconds = time.time() - start
             rows.append({"epoch": epoch, "train_elbo": train_elbo, "val_elbo": val_elbo, "seconds": seconds,
                          "images_per_s": len(train) / seconds, "learning_rate": schedule.get_last_lr()[0]})
@@ -441,11 +451,12 @@ def run(args, checkpoint):
         if len(rows) < args.epochs:
             seconds = time.time() - start
             save()
-        command = ["python", sys.argv[0], "--resume", str(out_dir / "checkpoint.pt")]
+        command = [sys.executable, sys.argv[0], "--resume", str(out_dir / "checkpoint.pt")]
         command += ["--data_dir", str(args.data_dir)] * (args.data_dir is not None)
         print(f"interrupted; to go on: {shlex.join(command)}", file=sys.stderr)
         raise
     finally:
+        on_signals()
         bar.close()
 
     seconds = sum(row["seconds"] for row in rows)
@@ -486,6 +497,8 @@ def main(argv=None):
     except InputError as error:
         print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        release()
 
 
 def parse_args(argv=None):
@@ -519,6 +532,7 @@ def parse_args(argv=None):
         paths = [(args.out_dir or default_out_dir(args.zdim, name)) / "checkpoint.pt" for name in names]
         path = next(filter(Path.exists, paths), paths[0])
     if path:
+        path = path / "checkpoint.pt" if path.is_dir() else path
         checkpoint = read_checkpoint(path)
         parser.set_defaults(out_dir=path.parent, **checkpoint["flags"])
         args = parser.parse_args(argv)

@@ -7,8 +7,8 @@
 
 "mnist" is read from `data_dir`, or downloaded there. "glyphs" are digits drawn from matplotlib's fonts
 and distorted at random: no network is needed for them. "auto" is MNIST if it can be had, else glyphs,
-with a warning. Splits: the first 50,000 training images, the last 10,000 of them for validation, and
-10,000 for test.
+with a warning. Of MNIST's 60,000 training images the first 50,000 are for training and the last 10,000
+for validation; its 10,000 test images are for test.
 """
 
 import contextlib
@@ -129,32 +129,40 @@ def write_atomic(path, write):
             os.fsync(file.fileno())  # a full disk shows here at the latest
         os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror}): make room, or name another folder") from None
+        raise InputError(f"cannot write {path} ({error.strerror}): make room or name another folder; a run that has "
+                         f"a checkpoint goes on with --resume") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
 def claim(folder):
-    """Keep other processes' runs out of a folder until this process ends, and remove what one that was killed left.
+    """Keep other processes' runs out of a folder until `release`, and remove what a killed one left half written.
 
-    Raises InputError if another process has the folder.
+    The system takes the lock back when a process ends, even by kill -9. Windows has no such lock. Raises InputError if
+    another process has the folder.
     """
     folder = Path(folder).resolve()
     if folder in CLAIMED:
         return
     try:
-        import fcntl  # not on Windows
+        import fcntl
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, even by kill -9
-        CLAIMED[folder] = lock
+        CLAIMED[folder] = os.open(folder, os.O_RDONLY)
+        fcntl.flock(CLAIMED[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
         for half_written in folder.glob(".*.tmp"):
             half_written.unlink()
     except BlockingIOError:
+        os.close(CLAIMED.pop(folder))
         raise InputError(f"another run is writing to {folder}: let it end, or name another --out_dir") from None
     except (ImportError, OSError):  # no locks here; a folder that cannot be made is write_atomic's to tell
         pass
+
+
+def release():
+    """Let other processes write to the folders that this one has claimed."""
+    while CLAIMED:
+        os.close(CLAIMED.popitem()[1])
 
 
 def find(path):

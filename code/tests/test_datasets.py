@@ -166,6 +166,9 @@ def test_claim_refuses_a_folder_that_another_process_has_and_clears_what_a_kille
     datasets.claim(tmp_path)
     datasets.claim(tmp_path)  # its own already
     assert not left.exists()
+    datasets.release()
+    with locked_by_another(tmp_path):  # waits for ever if the lock is still held
+        pass
 
 
 def test_write_atomic_into_a_read_only_folder_is_one_line(tmp_path):
