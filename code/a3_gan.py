@@ -332,7 +332,7 @@ def save_images(pixels, filename, title, columns, captions=(), width=1.8):
     grid = grid.transpose(1, 2).flatten(2).flatten(0, 1).numpy()  # [rows * 30, columns * 30]
     figure = Figure(figsize=(width, width * grid.shape[0] / grid.shape[1] + 0.4), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(grid, cmap="gray_r", vmin=0, vmax=255)
+    axes.imshow(grid, cmap="gray_r", vmin=0, vmax=255, interpolation="nearest")
     axes.set_xticks([30 * i + 14.5 for i in range(len(captions))], captions)
     axes.set_yticks([])
     axes.tick_params(length=0)
@@ -631,8 +631,8 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("data and output").add_argument
     flag("--dataset", choices=["auto", "mnist", "glyphs"], default="auto", help="glyphs are digits drawn from fonts; "
          "auto is MNIST, or if it cannot be had glyphs (default %(default)s)")
-    flag("--data_dir", type=Path, help="(default: $A3_DATA_DIR, else data/ of the repository)")
-    flag("--out_dir", type=Path, help="(default: report/figures/gan, or the checkpoint's folder)")
+    flag("--data_dir", type=Path, help="folder of the data (default: $A3_DATA_DIR, else data/ of the repository)")
+    flag("--out_dir", type=Path, help="folder to write to (default: report/figures/gan, or the checkpoint's folder)")
     flag("--save_interval", type=int, default=0, metavar="N", help="draw 25 samples every N batches, into progress/ in "
          "the output folder (default: only at the start, halfway and at the end)")
     flag = parser.add_argument_group("instead of a new run").add_argument

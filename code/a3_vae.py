@@ -240,7 +240,7 @@ def save_images(panels, filename, title, columns=8):
     height, width = grids[0].shape
     figure = Figure(figsize=(2.2 * len(panels), 2.2 * height / width + 0.3), layout="constrained")
     for axis, grid, caption in zip(figure.subplots(1, len(panels), squeeze=False)[0], grids, panels):
-        axis.imshow(grid, cmap="gray_r", vmin=0, vmax=1)
+        axis.imshow(grid, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
         axis.set_title(caption)
         axis.axis("off")
     figure.suptitle(title)
@@ -274,7 +274,8 @@ def save_manifold(model, filename, note="", n=20):
     edge = 0.49 / (n - 1)  # half a tile, as u is in the middle of each
     figure = Figure(figsize=(4.7, 4.7), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(image_grid(means, n), cmap="gray_r", vmin=0, vmax=1, extent=2 * (0.01 - edge, 0.99 + edge))
+    axes.imshow(image_grid(means, n), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest",
+                extent=2 * (0.01 - edge, 0.99 + edge))
     axes.set(xlabel=r"$\Phi(z_1)$", ylabel=r"$\Phi(z_2)$", title=f"Decoder means over the latent space{note}")
     write_atomic(filename, lambda file: figure.savefig(file, format="png"))
 
@@ -517,8 +518,9 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("data and output").add_argument
     flag("--dataset", choices=["auto", "mnist", "glyphs"], default="auto", help="glyphs are digits drawn from fonts; "
          "auto is MNIST, or if it cannot be had glyphs (default %(default)s)")
-    flag("--data_dir", type=Path, help="(default: $A3_DATA_DIR, else data/ of the repository)")
-    flag("--out_dir", type=Path, help="(default: report/figures/vae_z<zdim>, or the checkpoint's folder)")
+    flag("--data_dir", type=Path, help="folder of the data (default: $A3_DATA_DIR, else data/ of the repository)")
+    flag("--out_dir", type=Path, help="folder to write to (default: report/figures/vae_z<zdim>, "
+         "or the checkpoint's folder)")
     flag = parser.add_argument_group("instead of a new run").add_argument
     flag("--resume", nargs="?", type=Path, const=Path(), metavar="CHECKPOINT",
          help="go on with an interrupted run (default: checkpoint.pt in the output folder)")
