@@ -4,7 +4,7 @@
     python a3_gan.py --n_epochs 20 --out_dir gan20     # in a tenth of the time, nearly as good
 
 Expect, after 200 epochs: Frechet distance 0.97 to the test images (10,000 training images: 0.71; over three seeds 1.07
-+- 0.13), coverage 0.93 (0.95), all ten digits; 42 minutes in all on two cores of an EPYC. After 20 epochs: 1.36 and 0.88.
++- 0.13), coverage 0.93 (0.95), all ten digits; 42 minutes in all on two cores of an EPYC. After 20 epochs: 1.36, 0.88.
 Sources: Goodfellow et al. (2014), Generative Adversarial Nets; Mescheder et al. (2018) for the gradient penalty; Yazici
 et al. (2019) for the averaged generator, from which all samples are; Heusel et al. (2017) for the Frechet distance and
 for two learning rates; Naeem et al. (2020) for coverage. Both metrics use the features of a LeNet-5 trained on the
