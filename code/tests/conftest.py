@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 CODE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CODE))
@@ -21,6 +22,12 @@ def mnist_dir():
 
 
 needs_mnist = pytest.mark.skipif(mnist_dir() is None, reason="A3_DATA_DIR does not name a folder with MNIST/raw")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same numbers at every run of the tests."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
