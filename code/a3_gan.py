@@ -507,7 +507,7 @@ def run(args, checkpoint):
             loss_D, loss_G, _ = losses[-1]
             weights = sum(tensor.sum() for tensor in (*currents, *discriminator.state_dict().values()))
             if not math.isfinite(loss_D + loss_G + weights):
-                kept = f" (checkpoint.pt is of epoch {len(rows)})" if rows else ""
+                kept = f" (checkpoint.pt is of epoch {len(rows)}; another --out_dir keeps it)" if rows else ""
                 raise InputError(f"the loss or a weight in epoch {len(rows) + 1} is not finite{kept}: start anew with "
                                  f"a --lr below {args.lr:g}")
             bar.set_postfix_str(f"D {loss_D:.3f} G {loss_G:.3f} FID {best['val_fid'] if best else math.nan:.2f}")

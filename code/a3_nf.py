@@ -574,7 +574,7 @@ def run(args, checkpoint):
         if n % 50 == 0 or n % n_batches == 0 or signals:
             bpd = float(losses[-1][0])
             if not math.isfinite(bpd + sum(p.detach().sum() for p in model.parameters())):
-                kept = f" (checkpoint.pt is of epoch {len(rows)})" if rows else ""
+                kept = f" (checkpoint.pt is of epoch {len(rows)}; another --out_dir keeps it)" if rows else ""
                 raise InputError(f"the loss or a weight in epoch {len(rows) + 1} is not finite{kept}: start anew with "
                                  f"a --lr below {args.lr:g}")
             bar.set_postfix_str(f"{bpd:.3f} bits per dimension")
