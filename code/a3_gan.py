@@ -354,8 +354,12 @@ def save_interpolation(generator, classifier, filename, note=""):
     """
     z = noise(1000, generator.latent_dim, seed=2)
     probabilities = classifier.measure(generate(generator, z))[1]  # [1000, 10]
-    surest = probabilities.argmax(0)  # [10]
-    paths = {pair: generate(generator, slerp(*z[surest[list(pair)]])) for pair in itertools.combinations(range(10), 2)}
+    left, surest = probabilities.clone(), []
+    for digit in range(10):
+        surest.append(left[:, digit].argmax().item())
+        left[surest[-1]] = -1  # each digit has another sample, even if all are alike
+    paths = {(a, b): generate(generator, slerp(z[surest[a]], z[surest[b]]))
+             for a, b in itertools.combinations(range(10), 2)}
 
     def shorter_stay(pair):
         seen = classifier.measure(paths[pair])[1].argmax(1)  # [9], digits

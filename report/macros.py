@@ -54,7 +54,7 @@ def read(folder, command):
         *_, last = csv.DictReader((folder / "metrics.csv").read_text().splitlines())
         if int(last["epoch"]) != results["epochs"] or results["dataset"] != "mnist":
             raise ValueError("a run that is not finished, or not on MNIST")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError) as error:
         sys.exit(f"macros.py: error: no results in {folder} ({error}): make them in code/ with {command}")
     return results, last
 
@@ -72,7 +72,6 @@ def main():
             path = values["interpolation"]
             values["from_digit"], values["to_digit"] = path["digits"]
             values["from_probability"], values["to_probability"] = (f"{p:.3f}" for p in path["probabilities"])
-            values["fid_ratio"] = values["fid"] / values["fid_floor"]
         if prefix in SEEDS:
             key = SEEDS[prefix]
             seeds = [values[key]]
