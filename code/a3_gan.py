@@ -11,17 +11,13 @@ for two learning rates; Naeem et al. (2020) for coverage. Both metrics use the f
 digits and kept in data/: they compare generators on one machine, and not with figures from an Inception network.
 """
 
-import argparse
 import contextlib
 import copy
 import itertools
 import json
 import math
 import platform
-import shlex
-import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -33,14 +29,23 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure  # not pyplot: files only, no display
 from tqdm import tqdm
 
-from datasets import InputError, Split, claim, label, load, release, resolve_data_dir, write_atomic
+from datasets import (InputError, Split, claim, default_out_dir, label, load, on_signals, one_line_errors,
+                      parse_flags, peak_memory_mb, read_checkpoint, resolve_data_dir, say_how_to_resume, write_atomic,
+                      write_csv)
 
 EMA_DECAY = 0.9999  # of the averaged generator, per update
 R1_GAMMA, R1_EVERY = 3.0, 16  # strength of the gradient penalty; it is computed in one batch of so many
 FID_EVERY = 5  # epochs
 SCRIPT = "a3_gan"
-FLAGS = ("latent_dim", "epochs", "batch_size", "lr", "seed", "save_interval",
-         "dataset", "dry_run")  # of a run, kept with it
+FLAGS = {  # of a run: default, lowest and highest value, and what it is
+    "latent_dim": (100, 2, 1000, "dimensions of the noise z"),
+    "epochs": (200, 1, 10 ** 5, "passes over the training set"),
+    "batch_size": (64, 2, 3125, "images per update"),
+    "lr": (2e-3, 1e-9, 10, "learning rate of the generator; the discriminator's is a quarter of it"),
+    "seed": (42, 0, 2 ** 31, "of weights, order of images, and noise"),
+    "save_interval": (0, 0, 10 ** 9, "batches between samples drawn into progress/ in the output folder; 0 for only "
+                      "those at the start, halfway and at the end"),
+}
 
 
 # ----------------------------------------------------------------------------------------------------------- model
@@ -375,58 +380,23 @@ def save_interpolation(generator, classifier, filename, note=""):
 
 # ------------------------------------------------------------------------------------------------------ checkpoint
 
-def read_checkpoint(path):
-    """The dictionary in a checkpoint, on the CPU. Raises InputError if it is missing, broken or another script's."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # so that a file cannot run code
-        script = checkpoint["script"]
-        if script == SCRIPT:  # are all flags there, do the weights fit, and are they finite?
-            checkpoint["flags"] = {name: checkpoint["flags"][name] for name in FLAGS}
-            generator, discriminator = Generator(checkpoint["flags"]["latent_dim"]), Discriminator()
-            best = checkpoint["best"]["model"] if checkpoint["best"] else checkpoint["averaged"]
-            for model, weights in ((generator, checkpoint["generator"]), (generator, checkpoint["averaged"]),
-                                   (generator, best), (discriminator, checkpoint["discriminator"]),
-                                   (Classifier(), checkpoint["classifier"])):
-                model.load_state_dict(weights)
-                if not all(tensor.isfinite().all() for tensor in weights.values()):
-                    raise ValueError("not finite")
-    except FileNotFoundError:
-        raise InputError(f"there is no checkpoint {path}: name the checkpoint.pt of a run") from None
-    except Exception as error:  # torch raises a dozen kinds
-        raise InputError(f"{path} is not a checkpoint of this version of {SCRIPT}.py, or is truncated or corrupt "
-                         f"({type(error).__name__})") from None
-    if script != SCRIPT:
-        raise InputError(f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")
-    return checkpoint
+def make_modules(flags):
+    """The networks of a run with these flags, by the names of their weights in its checkpoint."""
+    return {"generator": Generator(flags["latent_dim"]), "averaged": Generator(flags["latent_dim"]),
+            "discriminator": Discriminator(), "classifier": Classifier()}
 
 
 def load_model(checkpoint, device="cpu"):
     """The generator (averaged weights of the best epoch so far) in eval mode, from a run's checkpoint.pt or best.pt."""
-    content = read_checkpoint(checkpoint)
-    model = Generator(content["flags"]["latent_dim"])
-    model.load_state_dict(content["best"]["model"] if content["best"] else content["averaged"])
-    return model.to(device).eval()
+    _, modules = read_checkpoint(checkpoint, SCRIPT, FLAGS, make_modules)
+    return modules["averaged"].to(device).eval()
 
 
 # ------------------------------------------------------------------------------------------------------------ main
 
-def on_signals(handler=lambda number, frame: sys.exit(128 + number)):
-    """Have Ctrl-C and SIGTERM call the handler; by default they end the program with the shell's exit status."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
-
-
-def default_out_dir(dataset):
-    name = "gan" + ("" if dataset == "mnist" else f"_{dataset}")
-    return Path(__file__).resolve().parents[1] / "report" / "figures" / name
-
-
-def peak_memory_mb():
-    """The most memory that this process has had, or None where the system does not tell (Windows)."""
-    with contextlib.suppress(ImportError):
-        import resource
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak // (2 ** 20 if sys.platform == "darwin" else 2 ** 10)  # macOS counts bytes, Linux kB
+def run_name(args):
+    """Of the output folder: see default_out_dir."""
+    return "gan"
 
 
 def run(args, checkpoint):
@@ -434,19 +404,9 @@ def run(args, checkpoint):
     wall_start, device = time.time(), torch.device(args.device)
     on_device = getattr(torch, device.type)  # torch.cuda or torch.mps, for their random states
     data = load(args.dataset, args.data_dir)
-    if checkpoint and checkpoint["md5"] != data.md5:
-        raise InputError(f"the checkpoint is of other data ({checkpoint['flags']['dataset']}, MD5 {checkpoint['md5']}) "
-                         f"than this ({data.name}, MD5 {data.md5}): see --data_dir")
-    note, out_dir = label(data.name), args.out_dir or default_out_dir(data.name)
-    flags = {name: getattr(args, name) for name in FLAGS} | {"dataset": data.name}
-    old = out_dir / "results.json"
-    if data.name != "mnist" and old.exists() and '"dataset": "mnist"' in old.read_text():
-        raise InputError(f"{out_dir} has results on MNIST, which {data.name} must not replace: name another --out_dir")
-    claim(out_dir)
-    metrics = out_dir / "metrics.csv"
-    if not checkpoint and not old.exists() and metrics.exists() and metrics.stat().st_size:  # an epoch, but no results
-        raise InputError(f"{out_dir} has a run that is not finished: go on with --resume, or name another --out_dir, "
-                         f"or delete {metrics}")
+    note, out_dir = label(data.name), args.out_dir or default_out_dir(run_name(args), data.name)
+    flags = args.flags | {"dataset": data.name}  # no longer auto
+    claim(out_dir, data, checkpoint)
     classifier = load_classifier(data, args.data_dir).to(device)
     if args.dry_run:
         data = data._replace(train=Split(*(x[:3 * args.batch_size] for x in data.train)),
@@ -488,17 +448,19 @@ def run(args, checkpoint):
             **{name: part.state_dict() for name, part in state.items()}}
         if best and best["epoch"] == len(rows) and not losses:
             write_atomic(out_dir / "best.pt", lambda file: torch.save(content, file))
-        table = [list(row) for row in rows[:1]] + [
-            ["" if value is None else f"{value:.8g}" for value in row.values()] for row in rows]
-        text = "".join(",".join(line) + "\n" for line in table)
-        old.unlink(missing_ok=True)  # results of another run
-        write_atomic(metrics, lambda file: file.write(text.encode()))
+        (out_dir / "results.json").unlink(missing_ok=True)  # of another run
+        write_csv(out_dir / "metrics.csv", rows)
         write_atomic(out_dir / "checkpoint.pt", lambda file: torch.save(content, file))  # last: the others are there
 
     def floats(model):  # the tensors themselves: weights, and means and variances of batch norms
         return [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
 
     averages, currents = floats(averaged), floats(generator)
+
+    def check_finite(loss):
+        if not math.isfinite(loss):
+            raise InputError(f"the loss or a weight in epoch {len(rows) + 1} is not finite: start anew with a --lr "
+                             f"below {args.lr:g}, in another --out_dir")
 
     def on_step():
         schedule_G.step()
@@ -510,10 +472,7 @@ def run(args, checkpoint):
         if n % 50 == 0 or n % n_batches == 0 or signals:
             loss_D, loss_G, _ = losses[-1]
             weights = sum(tensor.sum() for tensor in (*currents, *discriminator.state_dict().values()))
-            if not math.isfinite(loss_D + loss_G + weights):
-                kept = f" (checkpoint.pt is of epoch {len(rows)}; another --out_dir keeps it)" if rows else ""
-                raise InputError(f"the loss or a weight in epoch {len(rows) + 1} is not finite{kept}: start anew with "
-                                 f"a --lr below {args.lr:g}")
+            check_finite(loss_D + loss_G + weights)
             bar.set_postfix_str(f"D {loss_D:.3f} G {loss_G:.3f} FID {best['val_fid'] if best else math.nan:.2f}")
         if args.save_interval and n % args.save_interval == 0:
             save_samples(averaged, out_dir / "progress" / f"batch_{n:07d}.png", f"Samples after {n} batches{note}")
@@ -567,9 +526,7 @@ def run(args, checkpoint):
         if len(rows) < args.epochs:
             seconds = time.time() - start
             save()
-        command = [sys.executable, sys.argv[0], "--resume", str(out_dir / "checkpoint.pt")]
-        command += ["--data_dir", str(args.data_dir)] * (args.data_dir is not None)
-        print(f"interrupted; to go on: {shlex.join(command)}", file=sys.stderr)
+        say_how_to_resume(args, out_dir)
         raise
     finally:
         on_signals()
@@ -606,78 +563,9 @@ def save_sample_files(args, checkpoint):
 
 
 def main(argv=None):
-    on_signals()
-    try:
-        args, checkpoint = parse_args(argv)
-        if args.sample:
-            save_sample_files(args, checkpoint)
-        else:
-            run(args, checkpoint)
-    except InputError as error:
-        print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
-        sys.exit(1)
-    finally:
-        release()
-
-
-def parse_args(argv=None):
-    """The flags, and the checkpoint that --resume means, or None: flags not given now are those of its run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{SCRIPT}.py: error: {message} (-h lists all flags)\n")
-    flag = parser.add_argument_group("model and training").add_argument
-    flag("--latent_dim", type=int, default=100, help="dimensions of the noise z (default %(default)s)")
-    flag("--epochs", "--n_epochs", type=int, default=200, help="passes over the training set (default %(default)s)")
-    flag("--batch_size", type=int, default=64, help="images per update (default %(default)s)")
-    flag("--lr", type=float, default=2e-3, help="learning rate of the generator; the discriminator's is a quarter "
-         "of it (default %(default)s)")
-    flag("--seed", type=int, default=42, help="of weights, order of images, and noise (default %(default)s)")
-    flag("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
-    flag = parser.add_argument_group("data and output").add_argument
-    flag("--dataset", choices=["auto", "mnist", "glyphs"], default="auto", help="glyphs are digits drawn from fonts; "
-         "auto is MNIST, or if it cannot be had glyphs (default %(default)s)")
-    flag("--data_dir", type=Path, help="folder of the data (default: $A3_DATA_DIR, else data/ of the repository)")
-    flag("--out_dir", type=Path, help="folder to write to (default: report/figures/gan, or the checkpoint's folder)")
-    flag("--save_interval", type=int, default=0, metavar="N", help="draw 25 samples every N batches, into progress/ in "
-         "the output folder (default: only at the start, halfway and at the end)")
-    flag = parser.add_argument_group("instead of a new run").add_argument
-    flag("--resume", nargs="?", type=Path, const=Path(), metavar="CHECKPOINT",
-         help="go on with an interrupted run (default: checkpoint.pt in the output folder)")
-    flag("--sample", type=int, metavar="N", help="with --resume: write N samples to samples.npz and samples.png")
-    flag("--dry_run", action="store_true", help="a few batches of everything, in a temporary folder")
-    args = parser.parse_args(argv)
-
-    checkpoint, path = None, args.resume
-    if path == Path():
-        names = ["mnist", "glyphs"] if args.dataset == "auto" else [args.dataset]
-        paths = [(args.out_dir or default_out_dir(name)) / "checkpoint.pt" for name in names]
-        path = next(filter(Path.exists, paths), paths[0])
-    if path:
-        path = path / "checkpoint.pt" if path.is_dir() else path
-        checkpoint = read_checkpoint(path)
-        parser.set_defaults(out_dir=path.parent, **checkpoint["flags"])
-        args = parser.parse_args(argv)
-        args.resume = path
-        changed = [name for name in FLAGS if getattr(args, name) not in (checkpoint["flags"][name], "auto")]
-        changed += ["out_dir"] * (args.out_dir.resolve() != path.parent.resolve())
-        if changed and not args.sample:
-            parser.error(f"--resume goes on with the run as it was: leave out --{' --'.join(changed)}, or start anew")
-        args.dataset = checkpoint["flags"]["dataset"]
-    elif args.sample:
-        parser.error("--sample needs --resume CHECKPOINT")
-    elif args.dry_run:
-        args.epochs, args.out_dir = min(args.epochs, 2), args.out_dir or Path(tempfile.mkdtemp(prefix=f"{SCRIPT}_"))
-    for name, low, high in (("latent_dim", 2, 1000), ("epochs", 1, 10 ** 5), ("batch_size", 2, 3125),
-                            ("lr", 1e-9, 10), ("seed", 0, 2 ** 31), ("save_interval", 0, 10 ** 9),
-                            ("sample", 1, 10 ** 6)):
-        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
-            parser.error(f"--{name} {getattr(args, name)} is not between {low} and {high}")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
-    return args, checkpoint
+    with one_line_errors(SCRIPT):
+        args, checkpoint = parse_flags(argv, SCRIPT, __doc__, FLAGS, run_name, make_modules)
+        (save_sample_files if args.sample else run)(args, checkpoint)
 
 
 if __name__ == "__main__":

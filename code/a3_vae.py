@@ -9,17 +9,12 @@ Source: Kingma & Welling (2014), Auto-Encoding Variational Bayes, here with conv
 per image: summed over the 784 pixels, averaged over images.
 """
 
-import argparse
-import contextlib
 import copy
 import itertools
 import json
 import math
 import platform
-import shlex
-import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -32,12 +27,20 @@ from matplotlib.figure import Figure  # not pyplot: files only, no display
 from scipy.stats import norm
 from tqdm import tqdm
 
-from datasets import InputError, claim, label, load_binarized, release, write_atomic
+from datasets import (InputError, claim, default_out_dir, label, load_binarized, on_signals, one_line_errors,
+                      parse_flags, peak_memory_mb, read_checkpoint, say_how_to_resume, write_atomic, write_csv)
 
 EMA_DECAY = 0.999  # of the averaged weights, per update
 MAX_GRAD_NORM = 100  # above nearly all: against the rare outlier whose gradient would spoil the weights
 SCRIPT = "a3_vae"
-FLAGS = ("zdim", "epochs", "batch_size", "lr", "seed", "iw_samples", "dataset", "dry_run")  # of a run, kept with it
+FLAGS = {  # of a run: default, lowest and highest value, and what it is
+    "zdim": (20, 1, 1000, "dimensions of the latent space"),
+    "epochs": (40, 1, 10 ** 5, "passes over the training set"),
+    "batch_size": (128, 1, 50_000, "images per update"),
+    "lr": (3e-3, 1e-9, 10, "highest learning rate of the one-cycle schedule"),
+    "seed": (42, 0, 2 ** 31, "of weights, order of images, and noise"),
+    "iw_samples": (256, 0, 10 ** 5, "samples of z per test image in the bound on log p(x); 0 leaves it out"),
+}
 
 
 # ----------------------------------------------------------------------------------------------------------- model
@@ -282,55 +285,22 @@ def save_manifold(model, filename, note="", n=20):
 
 # ------------------------------------------------------------------------------------------------------ checkpoint
 
-def read_checkpoint(path):
-    """The dictionary in a checkpoint, on the CPU. Raises InputError if it is missing, broken or another script's."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # so that a file cannot run code
-        script = checkpoint["script"]
-        if script == SCRIPT:  # are all flags there, do the weights fit, and are they finite?
-            checkpoint["flags"] = {name: checkpoint["flags"][name] for name in FLAGS}
-            model = VAE(z_dim=checkpoint["flags"]["zdim"])
-            for weights in (checkpoint["model"], checkpoint["averaged"], (checkpoint["best"] or checkpoint)["model"]):
-                model.load_state_dict(weights)
-                if not all(tensor.isfinite().all() for tensor in weights.values()):
-                    raise ValueError("not finite")
-    except FileNotFoundError:
-        raise InputError(f"there is no checkpoint {path}: name the checkpoint.pt of a run") from None
-    except Exception as error:  # torch raises a dozen kinds
-        raise InputError(f"{path} is not a checkpoint of this version of {SCRIPT}.py, or is truncated or corrupt "
-                         f"({type(error).__name__})") from None
-    if script != SCRIPT:
-        raise InputError(f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")
-    return checkpoint
+def make_modules(flags):
+    """The networks of a run with these flags, by the names of their weights in its checkpoint."""
+    return {name: VAE(z_dim=flags["zdim"]) for name in ("model", "averaged")}
 
 
 def load_model(checkpoint, device="cpu"):
     """The trained VAE (averaged weights of the best epoch) in eval mode, from a run's checkpoint.pt or best.pt."""
-    content = read_checkpoint(checkpoint)
-    model = VAE(z_dim=content["flags"]["zdim"])
-    model.load_state_dict(content["best"]["model"] if content["best"] else content["averaged"])
-    return model.to(device).eval()
+    _, modules = read_checkpoint(checkpoint, SCRIPT, FLAGS, make_modules)
+    return modules["averaged"].to(device).eval()
 
 
 # ------------------------------------------------------------------------------------------------------------ main
 
-def on_signals(handler=lambda number, frame: sys.exit(128 + number)):
-    """Have Ctrl-C and SIGTERM call the handler; by default they end the program with the shell's exit status."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
-
-
-def default_out_dir(zdim, dataset):
-    name = f"vae_z{zdim}" + ("" if dataset == "mnist" else f"_{dataset}")
-    return Path(__file__).resolve().parents[1] / "report" / "figures" / name
-
-
-def peak_memory_mb():
-    """The most memory that this process has had, or None where the system does not tell (Windows)."""
-    with contextlib.suppress(ImportError):
-        import resource
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak // (2 ** 20 if sys.platform == "darwin" else 2 ** 10)  # macOS counts bytes, Linux kB
+def run_name(args):
+    """Of the output folder: see default_out_dir."""
+    return f"vae_z{args.zdim}"
 
 
 def run(args, checkpoint):
@@ -338,19 +308,9 @@ def run(args, checkpoint):
     wall_start, device = time.time(), torch.device(args.device)
     on_device = getattr(torch, device.type)  # torch.cuda or torch.mps, for their random states
     data = load_binarized(args.dataset, args.data_dir)
-    if checkpoint and checkpoint["md5"] != data.md5:
-        raise InputError(f"the checkpoint is of other data ({checkpoint['flags']['dataset']}, MD5 {checkpoint['md5']}) "
-                         f"than this ({data.name}, MD5 {data.md5}): see --data_dir")
-    note, out_dir = label(data.name), args.out_dir or default_out_dir(args.zdim, data.name)
-    flags = {name: getattr(args, name) for name in FLAGS} | {"dataset": data.name}
-    old = out_dir / "results.json"
-    if data.name != "mnist" and old.exists() and '"dataset": "mnist"' in old.read_text():
-        raise InputError(f"{out_dir} has results on MNIST, which {data.name} must not replace: name another --out_dir")
-    claim(out_dir)
-    metrics = out_dir / "metrics.csv"
-    if not checkpoint and not old.exists() and metrics.exists() and metrics.stat().st_size:  # an epoch, but no results
-        raise InputError(f"{out_dir} has a run that is not finished: go on with --resume, or name another --out_dir, "
-                         f"or delete {metrics}")
+    note, out_dir = label(data.name), args.out_dir or default_out_dir(run_name(args), data.name)
+    flags = args.flags | {"dataset": data.name}  # no longer auto
+    claim(out_dir, data, checkpoint)
     train, val, test = (split.images.to(device) for split in (data.train, data.val, data.test))
     if args.dry_run:
         train, val, test = train[:5 * args.batch_size // 2], val[:200], test[:200]
@@ -385,11 +345,14 @@ def run(args, checkpoint):
             **{name: part.state_dict() for name, part in state.items()}}
         if best and best["epoch"] == len(rows) and not losses:
             write_atomic(out_dir / "best.pt", lambda file: torch.save(content, file))
-        table = [list(row) for row in rows[:1]] + [[f"{value:.8g}" for value in row.values()] for row in rows]
-        text = "".join(",".join(line) + "\n" for line in table)
-        old.unlink(missing_ok=True)  # results of another run
-        write_atomic(metrics, lambda file: file.write(text.encode()))
+        (out_dir / "results.json").unlink(missing_ok=True)  # of another run
+        write_csv(out_dir / "metrics.csv", rows)
         write_atomic(out_dir / "checkpoint.pt", lambda file: torch.save(content, file))  # last: the others are there
+
+    def check_finite(loss):
+        if not math.isfinite(loss):
+            raise InputError(f"the loss or a weight in epoch {len(rows) + 1} is not finite: start anew with a --lr "
+                             f"below {args.lr:g}, in another --out_dir")
 
     def on_step():
         schedule.step()
@@ -400,10 +363,7 @@ def run(args, checkpoint):
         bar.update()
         if n % 50 == 0 or n % n_batches == 0 or signals:
             elbo = -float(losses[-1][0])
-            if not math.isfinite(elbo + sum(p.detach().sum() for p in model.parameters())):
-                kept = f" (checkpoint.pt is of epoch {len(rows)}; another --out_dir keeps it)" if rows else ""
-                raise InputError(f"the loss or a weight in epoch {len(rows) + 1} is not finite{kept}: start anew with "
-                                 f"a --lr below {args.lr:g}")
+            check_finite(elbo + sum(p.detach().sum() for p in model.parameters()))
             bar.set_postfix_str(f"ELBO {elbo:.1f}")
         if signals:
             sys.exit(128 + signals[0])
@@ -422,8 +382,7 @@ def run(args, checkpoint):
             images = shift_some(train, 0.5 - 0.5 * (epoch - 1) / args.epochs, generator)  # fewer and fewer
             loaders = images[order].split(args.batch_size)[len(losses):], val.split(1000)
             train_elbo, val_elbo = run_epoch(model, loaders, optimizer, averaged, on_step, losses)
-            if not math.isfinite(train_elbo + val_elbo):
-                raise InputError(f"the loss of epoch {epoch} is not finite: start anew with a --lr below {args.lr:g}")
+            check_finite(train_elbo + val_elbo)
             seconds = time.time() - start
             rows.append({"epoch": epoch, "train_elbo": train_elbo, "val_elbo": val_elbo, "seconds": seconds,
                          "images_per_s": len(train) / seconds, "learning_rate": schedule.get_last_lr()[0]})
@@ -452,9 +411,7 @@ def run(args, checkpoint):
         if len(rows) < args.epochs:
             seconds = time.time() - start
             save()
-        command = [sys.executable, sys.argv[0], "--resume", str(out_dir / "checkpoint.pt")]
-        command += ["--data_dir", str(args.data_dir)] * (args.data_dir is not None)
-        print(f"interrupted; to go on: {shlex.join(command)}", file=sys.stderr)
+        say_how_to_resume(args, out_dir)
         raise
     finally:
         on_signals()
@@ -488,77 +445,9 @@ def save_sample_files(args, checkpoint):
 
 
 def main(argv=None):
-    on_signals()
-    try:
-        args, checkpoint = parse_args(argv)
-        if args.sample:
-            save_sample_files(args, checkpoint)
-        else:
-            run(args, checkpoint)
-    except InputError as error:
-        print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
-        sys.exit(1)
-    finally:
-        release()
-
-
-def parse_args(argv=None):
-    """The flags, and the checkpoint that --resume means, or None: flags not given now are those of its run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{SCRIPT}.py: error: {message} (-h lists all flags)\n")
-    flag = parser.add_argument_group("model and training").add_argument
-    flag("--zdim", type=int, default=20, help="dimensions of the latent space (default %(default)s)")
-    flag("--epochs", type=int, default=40, help="passes over the training set (default %(default)s)")
-    flag("--batch_size", type=int, default=128, help="images per update (default %(default)s)")
-    flag("--lr", type=float, default=3e-3, help="highest learning rate of the one-cycle schedule (default %(default)s)")
-    flag("--seed", type=int, default=42, help="of weights, order of images, and noise (default %(default)s)")
-    flag("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
-    flag("--iw_samples", type=int, default=256, help="samples of z per test image in the bound on log p(x); "
-         "0 leaves it out (default %(default)s)")
-    flag = parser.add_argument_group("data and output").add_argument
-    flag("--dataset", choices=["auto", "mnist", "glyphs"], default="auto", help="glyphs are digits drawn from fonts; "
-         "auto is MNIST, or if it cannot be had glyphs (default %(default)s)")
-    flag("--data_dir", type=Path, help="folder of the data (default: $A3_DATA_DIR, else data/ of the repository)")
-    flag("--out_dir", type=Path, help="folder to write to (default: report/figures/vae_z<zdim>, "
-         "or the checkpoint's folder)")
-    flag = parser.add_argument_group("instead of a new run").add_argument
-    flag("--resume", nargs="?", type=Path, const=Path(), metavar="CHECKPOINT",
-         help="go on with an interrupted run (default: checkpoint.pt in the output folder)")
-    flag("--sample", type=int, metavar="N", help="with --resume: write N samples to samples.npz and samples.png")
-    flag("--dry_run", action="store_true", help="a few batches of everything, in a temporary folder")
-    args = parser.parse_args(argv)
-
-    checkpoint, path = None, args.resume
-    if path == Path():
-        names = ["mnist", "glyphs"] if args.dataset == "auto" else [args.dataset]
-        paths = [(args.out_dir or default_out_dir(args.zdim, name)) / "checkpoint.pt" for name in names]
-        path = next(filter(Path.exists, paths), paths[0])
-    if path:
-        path = path / "checkpoint.pt" if path.is_dir() else path
-        checkpoint = read_checkpoint(path)
-        parser.set_defaults(out_dir=path.parent, **checkpoint["flags"])
-        args = parser.parse_args(argv)
-        args.resume = path
-        changed = [name for name in FLAGS if getattr(args, name) not in (checkpoint["flags"][name], "auto")]
-        changed += ["out_dir"] * (args.out_dir.resolve() != path.parent.resolve())
-        if changed and not args.sample:
-            parser.error(f"--resume goes on with the run as it was: leave out --{' --'.join(changed)}, or start anew")
-        args.dataset = checkpoint["flags"]["dataset"]
-    elif args.sample:
-        parser.error("--sample needs --resume CHECKPOINT")
-    elif args.dry_run:
-        args.epochs, args.out_dir = min(args.epochs, 2), args.out_dir or Path(tempfile.mkdtemp(prefix=f"{SCRIPT}_"))
-    for name, low, high in (("zdim", 1, 1000), ("epochs", 1, 10 ** 5), ("batch_size", 1, 50_000), ("lr", 1e-9, 10),
-                            ("seed", 0, 2 ** 31), ("iw_samples", 0, 10 ** 5), ("sample", 1, 10 ** 6)):
-        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
-            parser.error(f"--{name} {getattr(args, name)} is not between {low} and {high}")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
-    return args, checkpoint
+    with one_line_errors(SCRIPT):
+        args, checkpoint = parse_flags(argv, SCRIPT, __doc__, FLAGS, run_name, make_modules)
+        (save_sample_files if args.sample else run)(args, checkpoint)
 
 
 if __name__ == "__main__":

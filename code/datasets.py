@@ -1,4 +1,4 @@
-"""MNIST, its fixed binarization and an offline stand-in, as uint8 tensors in memory.
+"""What the three scripts share: MNIST as uint8 tensors in memory; the files and the command line of a run.
 
     data = load("auto")              # grey levels 0..255, for the GAN and the flow
     data = load_binarized("auto")    # pixels in {0, 1}, for the VAE
@@ -11,12 +11,15 @@ with a warning. Of MNIST's 60,000 training images the first 50,000 are for train
 for validation; its 10,000 test images are for test.
 """
 
+import argparse
 import contextlib
 import gzip
 import hashlib
 import io
 import os
+import shlex
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -39,7 +42,9 @@ N_TRAIN, N_VAL, N_TEST = 50_000, 10_000, 10_000
 GLYPH_FONTS = ("DejaVuSans DejaVuSans-Oblique DejaVuSansMono DejaVuSansMono-Oblique DejaVuSerif DejaVuSerif-Italic "
                "STIXGeneral STIXGeneralBol STIXGeneralItalic STIXGeneralBolIta cmr10 cmb10 cmss10 cmtt10").split()
 
-CLAIMED = {}  # folders that this process writes to, and their locks
+FIGURES = Path(__file__).resolve().parents[1] / "report" / "figures"
+KEPT = ("dataset", "dry_run")  # flags that a checkpoint keeps, beside its script's numbers
+LOCKS = {}  # of the folders that this process writes to
 
 
 class InputError(Exception):
@@ -110,59 +115,6 @@ def load_binarized(name="auto", data_dir=None):
 def resolve_data_dir(data_dir=None):
     """The folder with the data: the argument, else $A3_DATA_DIR, else data/ beside code/."""
     return Path(data_dir or os.environ.get("A3_DATA_DIR") or Path(__file__).resolve().parents[1] / "data")
-
-
-def write_atomic(path, write):
-    """Have write(file) fill a file of this name, such that neither a crash nor a full disk leaves half of one.
-
-    What is there now stays until all of the new content is on the disk. Raises InputError if that cannot be done.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    content = io.BytesIO()
-    write(content)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())  # a full disk shows here at the latest
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror}): make room or name another folder; a run that has "
-                         f"a checkpoint goes on with --resume") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def claim(folder):
-    """Keep other processes' runs out of a folder until `release`, and remove what a killed one left half written.
-
-    The system takes the lock back when a process ends, even by kill -9. Windows has no such lock. Raises InputError if
-    another process has the folder.
-    """
-    folder = Path(folder).resolve()
-    if folder in CLAIMED:
-        return
-    try:
-        import fcntl
-        folder.mkdir(parents=True, exist_ok=True)
-        CLAIMED[folder] = os.open(folder, os.O_RDONLY)
-        fcntl.flock(CLAIMED[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for half_written in folder.glob(".*.tmp"):
-            half_written.unlink()
-    except BlockingIOError:
-        os.close(CLAIMED.pop(folder))
-        raise InputError(f"another run is writing to {folder}: let it end, or name another --out_dir") from None
-    except (ImportError, OSError):  # no locks here; a folder that cannot be made is write_atomic's to tell
-        pass
-
-
-def release():
-    """Let other processes write to the folders that this one has claimed."""
-    while CLAIMED:
-        os.close(CLAIMED.popitem()[1])
 
 
 def find(path):
@@ -338,3 +290,211 @@ def distort(bank, labels, generator):
     kernel = torch.tensor([[1., 2., 1.], [2., 4., 2.], [1., 2., 1.]]).view(1, 1, 3, 3) / 16
     image = torch.lerp(image, F.conv2d(image, kernel, padding=1), uniform(0.2, 1.0, 1, 1, 1))
     return (255 * (1.15 * image).clamp(max=1)).round().to(torch.uint8).flatten(1)
+
+
+# -------------------------------------------------------------------------------------- the files of a run
+
+
+def write_atomic(path, write):
+    """Have write(file) fill a file of this name, such that neither a crash nor a full disk leaves half of one.
+
+    What is there now stays until all of the new content is on the disk. Raises InputError if that cannot be done.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    content = io.BytesIO()
+    write(content)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())  # a full disk shows here at the latest
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}): make room or name another folder; a run that has "
+                         f"a checkpoint goes on with --resume") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_csv(path, rows):
+    """A table with a heading, from dictionaries with the same keys; None is an empty cell."""
+    cells = [list(row) for row in rows[:1]] + [
+        ["" if value is None else f"{value:.8g}" for value in row.values()] for row in rows]
+    write_atomic(path, lambda file: file.write("".join(",".join(line) + "\n" for line in cells).encode()))
+
+
+def default_out_dir(name, dataset):
+    """Where a run writes to: only MNIST's figures go where the report takes them from."""
+    return FIGURES / (name if dataset == "mnist" else f"{name}_{dataset}")
+
+
+def claim(folder, data, checkpoint=None):
+    """Make a folder this process's own until `release`, for a run on `data`, a new one or the checkpoint's.
+
+    Raises InputError if the run would replace results on MNIST by others or a run that is not finished, if the data is
+    not the checkpoint's, or if another process has the folder.
+    """
+    results, metrics = folder / "results.json", folder / "metrics.csv"
+    if checkpoint and checkpoint["md5"] != data.md5:
+        raise InputError(f"the checkpoint is of other data ({checkpoint['flags']['dataset']}, MD5 {checkpoint['md5']}) "
+                         f"than this ({data.name}, MD5 {data.md5}): see --data_dir")
+    if data.name != "mnist" and results.exists() and '"dataset": "mnist"' in results.read_text():
+        raise InputError(f"{folder} has results on MNIST, which {data.name} must not replace: name another --out_dir")
+    lock(folder)
+    if not checkpoint and not results.exists() and metrics.exists() and metrics.stat().st_size:  # an epoch, no results
+        raise InputError(f"{folder} has a run that is not finished: go on with --resume, or name another --out_dir, "
+                         f"or delete {metrics}")
+
+
+def lock(folder):
+    """Keep other processes' runs out of a folder, and remove what a killed one left half written.
+
+    The system takes the lock back when a process ends, even by kill -9. Windows has no such lock.
+    """
+    folder = folder.resolve()
+    if folder in LOCKS:
+        return
+    try:
+        import fcntl
+        folder.mkdir(parents=True, exist_ok=True)
+        LOCKS[folder] = os.open(folder, os.O_RDONLY)
+        fcntl.flock(LOCKS[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for half_written in folder.glob(".*.tmp"):
+            half_written.unlink()
+    except BlockingIOError:
+        os.close(LOCKS.pop(folder))
+        raise InputError(f"another run is writing to {folder}: let it end, or name another --out_dir") from None
+    except (ImportError, OSError):  # no locks here; a folder that cannot be made is write_atomic's to tell
+        pass
+
+
+def release():
+    """Let other processes write to the folders that this one has claimed."""
+    while LOCKS:
+        os.close(LOCKS.popitem()[1])
+
+
+def read_checkpoint(path, script, flags, make_modules):
+    """A checkpoint's dictionary, and the modules with its weights, "averaged" with the best epoch's if there is one.
+
+    make_modules(flags) makes the modules, {name of their weights in the checkpoint: module}. All is on the CPU. Raises
+    InputError if the file is missing, broken or another script's.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # so that a file cannot run code
+        written_by = checkpoint["script"]
+        if written_by == script:  # are all flags there, do the weights fit, and are they finite?
+            checkpoint["flags"] = {name: checkpoint["flags"][name] for name in (*flags, *KEPT)}
+            modules = make_modules(checkpoint["flags"])
+            best = [("averaged", checkpoint["best"]["model"])] if checkpoint["best"] else []
+            for name, weights in [(name, checkpoint[name]) for name in modules] + best:
+                modules[name].load_state_dict(weights)
+                if not all(tensor.isfinite().all() for tensor in weights.values()):
+                    raise ValueError("not finite")
+    except FileNotFoundError:
+        raise InputError(f"there is no checkpoint {path}: name the checkpoint.pt of a run") from None
+    except Exception as error:  # torch raises a dozen kinds
+        raise InputError(f"{path} is not a checkpoint of this version of {script}.py, or is truncated or corrupt "
+                         f"({type(error).__name__})") from None
+    if written_by != script:
+        raise InputError(f"{path} is a checkpoint of {written_by}.py, not of {script}.py")
+    return checkpoint, modules
+
+
+# ------------------------------------------------------------------------------- the command line, the process
+
+
+def parse_flags(argv, script, description, flags, run_name, make_modules):
+    """The command line -> args, and the checkpoint that --resume means, or None.
+
+    flags: {name: (default, lowest, highest, help)} of the script's own, all numbers; args.flags is what a checkpoint
+    keeps. With --resume a flag that is not given is as in the checkpoint, and one that is given must be the same there.
+    run_name(args) is what default_out_dir needs, make_modules what read_checkpoint does. Wrong usage ends the program
+    with one line and exit status 2.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{script}.py: error: {message} (-h lists all flags)\n")
+    add = parser.add_argument_group("model and training").add_argument
+    for name, (default, _, _, text) in flags.items():
+        also = ["--n_epochs"] * (name == "epochs")
+        add(f"--{name}", *also, type=type(default), default=default, help=f"{text} (default %(default)s)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
+    add = parser.add_argument_group("data and output").add_argument
+    add("--dataset", choices=["auto", "mnist", "glyphs"], default="auto", help="glyphs are digits drawn from fonts; "
+        "auto is MNIST, or if it cannot be had glyphs (default %(default)s)")
+    add("--data_dir", type=Path, help="folder of the data (default: $A3_DATA_DIR, else data/ of the repository)")
+    add("--out_dir", type=Path, help="folder to write to (default: one in report/figures, or the checkpoint's)")
+    add = parser.add_argument_group("instead of a new run").add_argument
+    add("--resume", nargs="?", type=Path, const=Path(), metavar="CHECKPOINT",
+        help="go on with an interrupted run (default: checkpoint.pt in the output folder)")
+    add("--sample", type=int, metavar="N", help="with --resume: write N samples to samples.npz and samples.png")
+    add("--dry_run", action="store_true", help="a few batches of everything, in a temporary folder")
+    args = parser.parse_args(argv)
+
+    checkpoint, path = None, args.resume
+    if path == Path():
+        names = ["mnist", "glyphs"] if args.dataset == "auto" else [args.dataset]
+        paths = [(args.out_dir or default_out_dir(run_name(args), name)) / "checkpoint.pt" for name in names]
+        path = next(filter(Path.exists, paths), paths[0])
+    if path:
+        path = path / "checkpoint.pt" if path.is_dir() else path
+        checkpoint, _ = read_checkpoint(path, script, flags, make_modules)
+        parser.set_defaults(out_dir=path.parent, **checkpoint["flags"])
+        args = parser.parse_args(argv)
+        args.resume = path
+        changed = [name for name in (*flags, *KEPT) if getattr(args, name) not in (checkpoint["flags"][name], "auto")]
+        changed += ["out_dir"] * (args.out_dir.resolve() != path.parent.resolve())
+        if changed and not args.sample:
+            parser.error(f"--resume goes on with the run as it was: leave out --{' --'.join(changed)}, or start anew")
+        args.dataset = checkpoint["flags"]["dataset"]
+    elif args.sample:
+        parser.error("--sample needs --resume CHECKPOINT")
+    elif args.dry_run:
+        args.epochs, args.out_dir = min(args.epochs, 2), args.out_dir or Path(tempfile.mkdtemp(prefix=f"{script}_"))
+    for name, (_, low, high, _) in {**flags, "sample": (None, 1, 10 ** 6, "")}.items():
+        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
+            parser.error(f"--{name} {getattr(args, name)} is not between {low} and {high}")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+    args.flags = {name: getattr(args, name) for name in (*flags, *KEPT)}
+    return args, checkpoint
+
+
+@contextlib.contextmanager
+def one_line_errors(script):
+    """Around all that a script does: an InputError ends it with one line and exit status 1."""
+    on_signals()
+    try:
+        yield
+    except InputError as error:
+        print(f"{script}.py: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        release()
+
+
+def on_signals(handler=lambda number, frame: sys.exit(128 + number)):
+    """Have Ctrl-C and SIGTERM call the handler; by default they end the program with the shell's exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def say_how_to_resume(args, out_dir):
+    command = [sys.executable, sys.argv[0], "--resume", str(out_dir / "checkpoint.pt")]
+    command += ["--data_dir", str(args.data_dir)] * (args.data_dir is not None)
+    print(f"interrupted; to go on: {shlex.join(command)}", file=sys.stderr)
+
+
+def peak_memory_mb():
+    """The most memory that this process has had, or None where the system does not tell (Windows)."""
+    with contextlib.suppress(ImportError):
+        import resource
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak // (2 ** 20 if sys.platform == "darwin" else 2 ** 10)  # macOS counts bytes, Linux kB

@@ -3,13 +3,17 @@
 import gzip
 import hashlib
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import a3_gan
+import a3_nf
+import a3_vae
 import datasets
-from conftest import locked_by_another, mnist_dir, needs_mnist
+from conftest import CODE, locked_by_another, mnist_dir, needs_mnist
 
 
 def idx(array):
@@ -156,15 +160,27 @@ def test_write_atomic_keeps_the_old_file_when_the_disk_is_full(tmp_path, monkeyp
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_default_folders():
+    """Only MNIST's figures go where the report takes them from."""
+    figures = CODE.parent / "report" / "figures"
+    names = [(a3_vae, {"zdim": 2}, "vae_z2"), (a3_gan, {}, "gan"), (a3_nf, {"n_mixtures": 8}, "nf"),
+             (a3_nf, {"n_mixtures": 0}, "nf_affine")]
+    for script, flags, name in names:
+        run_name = script.run_name(SimpleNamespace(**flags))
+        assert datasets.default_out_dir(run_name, "mnist") == figures / name
+        assert datasets.default_out_dir(run_name, "glyphs") == figures / f"{name}_glyphs"
+
+
 def test_claim_refuses_a_folder_that_another_process_has_and_clears_what_a_killed_one_left(tmp_path):
+    data = datasets.make_dataset("mnist", 3 * [datasets.Split(torch.zeros(1, 784, dtype=torch.uint8), None)])
     left = tmp_path / ".checkpoint.pt.1234.tmp"
     left.write_bytes(b"half of a checkp")
     with locked_by_another(tmp_path):
         with pytest.raises(datasets.InputError, match="another run is writing"):
-            datasets.claim(tmp_path)
+            datasets.claim(tmp_path, data)
         assert left.exists()
-    datasets.claim(tmp_path)
-    datasets.claim(tmp_path)  # its own already
+    datasets.claim(tmp_path, data)
+    datasets.claim(tmp_path, data)  # its own already
     assert not left.exists()
     datasets.release()
     with locked_by_another(tmp_path):  # waits for ever if the lock is still held

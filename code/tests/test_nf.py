@@ -580,15 +580,13 @@ def test_help_names_every_flag_and_its_default(capsys):
 
 
 def test_offline_it_goes_on_with_glyphs_and_says_so_everywhere(tmp_path, glyphs_dir, offline, monkeypatch, capsys):
-    monkeypatch.setattr(a3_nf.tempfile, "mkdtemp", lambda prefix: str(tmp_path / "temporary"))
+    monkeypatch.setattr(datasets.tempfile, "mkdtemp", lambda prefix: str(tmp_path / "temporary"))
     assert main("--dry_run", "--data_dir", glyphs_dir, "--device", "cpu", "--iw_samples", 0, *SMALL) == 0
     out, err = capsys.readouterr()
     assert "NO MNIST" in err
     assert json.loads((tmp_path / "temporary" / "results.json").read_text())["dataset"] == "glyphs"
     lines = [line for line in out.splitlines() if not line.startswith(("epoch", "downloading"))]
     assert len(lines) >= 5 and all("[glyphs, not MNIST]" in line for line in lines)
-    assert a3_nf.default_out_dir(8, "glyphs").name == "nf_glyphs" and a3_nf.default_out_dir(8, "mnist").name == "nf"
-    assert a3_nf.default_out_dir(0, "mnist").name == "nf_affine"
 
 
 def test_glyphs_do_not_replace_results_on_mnist(tmp_path, glyphs_dir, capsys):
@@ -656,7 +654,7 @@ def test_averaged_weights_follow_their_formula(tmp_path, glyphs_dir, monkeypatch
     monkeypatch.setattr(Model, "forward", spy)
     assert dry_run(tmp_path, glyphs_dir) == 0
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    names = [name for name, _ in a3_nf.make_model(checkpoint["flags"]).named_parameters()]
+    names = [name for name, _ in a3_nf.make_modules(checkpoint["flags"])["model"].named_parameters()]
     trail.append([checkpoint["model"][name] for name in names])
     average = trail[0]
     for n, weights in enumerate(trail[1:], 1):
