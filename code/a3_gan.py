@@ -14,12 +14,9 @@ digits and kept in data/: they compare generators on one machine, and not with f
 import contextlib
 import copy
 import itertools
-import json
 import math
-import platform
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,12 +26,12 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure  # not pyplot: files only, no display
 from tqdm import tqdm
 
-from datasets import (InputError, Split, claim, default_out_dir, label, load, on_signals, one_line_errors,
-                      parse_flags, peak_memory_mb, read_checkpoint, resolve_data_dir, say_how_to_resume, write_atomic,
-                      write_csv)
+from datasets import (InputError, Split, check_finite, claim, default_out_dir, label, load, on_signals, one_line_errors,
+                      parse_flags, random_states, read_checkpoint, resolve_data_dir, say_how_to_resume,
+                      set_random_states, write_atomic, write_checkpoint, write_results)
 
 EMA_DECAY = 0.9999  # of the averaged generator, per update
-R1_GAMMA, R1_EVERY = 3.0, 16  # strength of the gradient penalty; it is computed in one batch of so many
+R1_GAMMA, R1_EVERY = 3.0, 16  # weight of the gradient penalty, which only every 16th batch has
 FID_EVERY = 5  # epochs
 SCRIPT = "a3_gan"
 FLAGS = {  # of a run: default, lowest and highest value, and what it is
@@ -116,7 +113,7 @@ def to_images(pixels):
 
 @torch.no_grad()
 def generate(generator, z):
-    """Noise z [N, latent_dim] -> pixels uint8 [N, 784], both on the CPU, by a generator in eval mode anywhere."""
+    """Noise z [N, latent_dim] -> pixels uint8 [N, 784], both on the CPU; the generator in eval mode, on any device."""
     device = next(generator.parameters()).device
     images = (generator(batch.to(device)) for batch in z.split(1000))  # [1000, 1, 28, 28]
     return torch.cat([(127.5 * (x + 1)).round().byte().flatten(1).cpu() for x in images])
@@ -149,7 +146,7 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D, on_ste
         real_scores, fake_scores = discriminator(both).chunk(2)
         loss_D = discriminator_loss(real_scores, fake_scores)
         penalty = 0
-        if len(losses) % R1_EVERY == 0:  # seldom but as much stronger, for speed: Karras et al. (2020)
+        if len(losses) % R1_EVERY == 0:  # rarely, with as much more weight, to save time: Karras et al. (2020)
             penalty = R1_GAMMA / 2 * R1_EVERY * gradient_penalty(discriminator, images)
         optimizer_D.zero_grad()
         (loss_D + penalty).backward()
@@ -222,8 +219,7 @@ def load_classifier(data, data_dir):
             optimizer.step()
             schedule.step()
     with contextlib.suppress(InputError):  # a read-only folder only costs the time to train it again
-        content = {"md5": data.md5, "model": classifier.state_dict()}
-        write_atomic(path, lambda file: torch.save(content, file))
+        write_atomic(path, lambda file: torch.save({"md5": data.md5, "model": classifier.state_dict()}, file))
     return classifier
 
 
@@ -260,8 +256,9 @@ def nearest_distance(pixels, train_pixels):
 def evaluate(generator, classifier, data):
     """Measure as many samples as there are test images, 10,000, from noise that was not used before.
 
-    The same distance and coverage of as many training images say what to hope for, and the same distance of the test
-    images to their nearest training images what a sample that is no copy has. These distances are of every fifth.
+    `fid_floor` and `coverage_of_training_images` are the same measures of 10,000 training images: the best to hope for.
+    `nearest_train_distance_of_test` is how far test images, which are no copies, are from the training images. Nearest
+    distances are of every fifth image.
     """
     pixels = generate(generator, noise(len(data.test.images), generator.latent_dim, seed=1))
     fake, probabilities = classifier.measure(pixels)
@@ -311,15 +308,13 @@ def save_curves(rows, filename, fid_floor, note=""):
     if note:
         figure.suptitle(note.strip())  # the two titles have no room for it
     epochs = [row["epoch"] for row in rows]
-    for key, name, style, equilibrium, text in (("loss_D", "discriminator", "-", math.log(4), "log 4"),
-                                                ("loss_G", "generator", "--", math.log(2), "log 2")):
+    for key, name, style, n in (("loss_D", "discriminator", "-", 4), ("loss_G", "generator", "--", 2)):
         line, = left.plot(epochs, [row[key] for row in rows], style, marker="." * (len(rows) == 1),
                           label=f"{name} (last {rows[-1][key]:.3f})")
-        left.axhline(equilibrium, color=line.get_color(), linestyle=":", label=f"{text} = {equilibrium:.3f}")
+        left.axhline(math.log(n), color=line.get_color(), linestyle=":", label=f"log {n} = {math.log(n):.3f}")
     left.set(xlabel="epoch", ylabel="loss (nats)", title="Losses, and their values at equilibrium")
-    measured = [row for row in rows if row["val_fid"] is not None]
-    right.plot([row["epoch"] for row in measured], [row["val_fid"] for row in measured], ".-",
-               label=f"averaged generator (best {min(row['val_fid'] for row in measured):.2f})")
+    measured, fids = zip(*((row["epoch"], row["val_fid"]) for row in rows if row["val_fid"] is not None))
+    right.plot(measured, fids, ".-", label=f"averaged generator (best {min(fids):.2f})")
     right.axhline(fid_floor, color="black", linestyle=":", label=f"training images ({fid_floor:.2f})")
     right.set(xlabel="epoch", ylim=(0, None), title="Fréchet distance to validation images")
     for axes in (left, right):
@@ -354,8 +349,8 @@ def save_samples(generator, filename, title):
 def save_interpolation(generator, classifier, filename, note=""):
     """Nine images on the great circle between two samples of different digits (question 2.7).
 
-    Of 1000 samples those of which the classifier is surest, one per digit; of the 45 pairs of these that on whose path
-    both digits last longest. Returns the digits and the classifier's probabilities of them, for results.json.
+    Of 1000 samples it takes for each digit the one that the classifier is surest of; of the 45 pairs the one on whose
+    path the digit seen less often is seen most often. Returns the digits and the classifier's probabilities of them.
     """
     z = noise(1000, generator.latent_dim, seed=2)
     probabilities = classifier.measure(generate(generator, z))[1]  # [1000, 10]
@@ -387,7 +382,7 @@ def make_modules(flags):
 
 
 def load_model(checkpoint, device="cpu"):
-    """The generator (averaged weights of the best epoch so far) in eval mode, from a run's checkpoint.pt or best.pt."""
+    """The generator (averaged weights of the best epoch) in eval mode, from a run's checkpoint.pt or best.pt."""
     _, modules = read_checkpoint(checkpoint, SCRIPT, FLAGS, make_modules)
     return modules["averaged"].to(device).eval()
 
@@ -400,12 +395,11 @@ def run_name(args):
 
 
 def run(args, checkpoint):
-    """Train, from the start or from `checkpoint`; then measure the best generator on the test set, and draw it."""
+    """Train, from the start or from `checkpoint`; then measure the best epoch on the test set, and draw it."""
     wall_start, device = time.time(), torch.device(args.device)
-    on_device = getattr(torch, device.type)  # torch.cuda or torch.mps, for their random states
     data = load(args.dataset, args.data_dir)
     note, out_dir = label(data.name), args.out_dir or default_out_dir(run_name(args), data.name)
-    flags = args.flags | {"dataset": data.name}  # no longer auto
+    args.flags["dataset"] = data.name  # no longer auto
     claim(out_dir, data, checkpoint)
     classifier = load_classifier(data, args.data_dir).to(device)
     if args.dry_run:
@@ -422,6 +416,8 @@ def run(args, checkpoint):
     optimizer_D = torch.optim.Adam(discriminator.parameters(), args.lr / 4, betas=(0.0, 0.99), fused=True)
     schedule_G, schedule_D = (torch.optim.lr_scheduler.LambdaLR(  # constant, and from halfway on linearly to zero
         optimizer, lambda n: min(1, 2 - 2 * n / (args.epochs * n_batches))) for optimizer in (optimizer_G, optimizer_D))
+    averages, currents = ([tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+                          for model in (averaged, generator))  # weights, and means and variances of batch norms
     state = {"generator": generator, "discriminator": discriminator, "averaged": averaged, "classifier": classifier,
              "optimizer_G": optimizer_G, "optimizer_D": optimizer_D, "schedule_G": schedule_G, "schedule_D": schedule_D}
     rows, best = [], None  # of metrics.csv; the averaged weights with the best Frechet distance on validation data
@@ -431,36 +427,17 @@ def run(args, checkpoint):
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
         rows, best, losses, seconds = (checkpoint[key] for key in ("rows", "best", "losses", "seconds"))
-        torch.set_rng_state(checkpoint["rng"])
-        if device.type != "cpu" and checkpoint["device"] == device.type:
-            on_device.set_rng_state(checkpoint["device_rng"], device)
-        wall_start -= seconds + sum(row["seconds"] for row in rows)  # those of the processes before
+        set_random_states(checkpoint, device)
+        wall_start -= seconds + sum(row["seconds"] for row in rows)  # the time before the interruption counts
     z = noise(len(data.val.images), args.latent_dim, seed=0)
     val_features = classifier.measure(data.val.images)[0]
     val_floor = frechet_distance(classifier.measure(data.train.images[:len(z)])[0], val_features)
 
     def save():
-        content = {
-            "script": SCRIPT, "flags": flags, "md5": data.md5, "epoch": len(rows), "rows": rows, "best": best,
-            "device": device.type, "losses": [(float(D), float(G), size) for D, G, size in losses], "seconds": seconds,
-            "rng": torch.get_rng_state(),
-            "device_rng": None if device.type == "cpu" else on_device.get_rng_state(device),
-            **{name: part.state_dict() for name, part in state.items()}}
-        if best and best["epoch"] == len(rows) and not losses:
-            write_atomic(out_dir / "best.pt", lambda file: torch.save(content, file))
-        (out_dir / "results.json").unlink(missing_ok=True)  # of another run
-        write_csv(out_dir / "metrics.csv", rows)
-        write_atomic(out_dir / "checkpoint.pt", lambda file: torch.save(content, file))  # last: the others are there
-
-    def floats(model):  # the tensors themselves: weights, and means and variances of batch norms
-        return [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
-
-    averages, currents = floats(averaged), floats(generator)
-
-    def check_finite(loss):
-        if not math.isfinite(loss):
-            raise InputError(f"the loss or a weight in epoch {len(rows) + 1} is not finite: start anew with a --lr "
-                             f"below {args.lr:g}, in another --out_dir")
+        write_checkpoint(out_dir, {
+            "script": SCRIPT, "flags": args.flags, "md5": data.md5, "epoch": len(rows), "rows": rows, "best": best,
+            "losses": [(float(D), float(G), size) for D, G, size in losses], "seconds": seconds,
+            **random_states(device), **{name: part.state_dict() for name, part in state.items()}})
 
     def on_step():
         schedule_G.step()
@@ -472,7 +449,7 @@ def run(args, checkpoint):
         if n % 50 == 0 or n % n_batches == 0 or signals:
             loss_D, loss_G, _ = losses[-1]
             weights = sum(tensor.sum() for tensor in (*currents, *discriminator.state_dict().values()))
-            check_finite(loss_D + loss_G + weights)
+            check_finite(loss_D + loss_G + weights, len(rows) + 1, args.lr)
             bar.set_postfix_str(f"D {loss_D:.3f} G {loss_G:.3f} FID {best['val_fid'] if best else math.nan:.2f}")
         if args.save_interval and n % args.save_interval == 0:
             save_samples(averaged, out_dir / "progress" / f"batch_{n:07d}.png", f"Samples after {n} batches{note}")
@@ -484,34 +461,33 @@ def run(args, checkpoint):
           f"{n_parameters[1] / 1e6:.2f}M of the discriminator, on {device}; output in {out_dir}\n"
           f"FID of training images on validation: {val_floor:.2f}{note}\n"
           f"epoch  loss D  loss G  val FID  seconds  images/s  learning rate")
-    done = len(rows) * n_batches + len(losses)
-    bar = tqdm(total=args.epochs * n_batches, initial=done, unit="batch", disable=None)  # None: not in a log file
+    bar = tqdm(total=args.epochs * n_batches, initial=schedule_G.last_epoch, unit="batch", disable=None)  # tty only
     on_signals(lambda number, frame: signals.append(number))  # on_step looks, when a batch is done
     try:
         for epoch in range(len(rows) + 1, args.epochs + 1):
             start = time.time() - seconds
-            order = torch.randperm(len(train_images), generator=torch.Generator().manual_seed(
-                args.seed + 1_000_003 * epoch)).to(device)  # so a resumed epoch is the same
-            batches = order[:n_batches * args.batch_size].split(args.batch_size)[len(losses):]
+            rng = torch.Generator().manual_seed(args.seed + 1_000_003 * epoch)  # so a resumed epoch is the same
+            order = torch.randperm(len(train_images), generator=rng).to(device)
+            batches = order.split(args.batch_size)[len(losses):n_batches]
             loss_D, loss_G = train((to_images(train_images[indices]) for indices in batches),
                                    discriminator, generator, optimizer_G, optimizer_D, on_step, losses)
             fid = None
             if epoch % FID_EVERY == 0 or epoch == args.epochs:
                 fid = frechet_distance(classifier.measure(generate(averaged, z))[0], val_features)
-                if best is None or fid < best["val_fid"]:
-                    best = {"epoch": epoch, "val_fid": fid, "model": copy.deepcopy(averaged.state_dict())}
-            if epoch == (args.epochs + 1) // 2:
-                save_samples(averaged, out_dir / "samples_half.png", f"Samples after epoch {epoch}{note}")
             seconds = time.time() - start
             rows.append({"epoch": epoch, "loss_D": loss_D, "loss_G": loss_G, "val_fid": fid, "seconds": seconds,
                          "images_per_s": n_batches * args.batch_size / seconds,
                          "learning_rate": schedule_G.get_last_lr()[0]})
             tqdm.write("{:5d}  {:6.3f}  {:6.3f}  {:>7}  {:7.1f}  {:8.0f}  {:13.2e}".format(
                 epoch, loss_D, loss_G, "" if fid is None else f"{fid:.2f}", *list(rows[-1].values())[4:]) + note)
+            if fid is not None and (best is None or fid < best["val_fid"]):
+                best = {"epoch": epoch, "val_fid": fid, "model": copy.deepcopy(averaged.state_dict())}
+            if epoch == (args.epochs + 1) // 2:
+                save_samples(averaged, out_dir / "samples_half.png", f"Samples after epoch {epoch}{note}")
             losses, seconds = [], 0.0
             save()
         bar.close()
-        on_signals()  # from here on at once: nothing is lost
+        on_signals()  # from here on they end the program at once: the training is saved
         if signals:
             sys.exit(128 + signals[0])
 
@@ -529,27 +505,20 @@ def run(args, checkpoint):
         say_how_to_resume(args, out_dir)
         raise
     finally:
-        on_signals()
         bar.close()
 
     seconds = sum(row["seconds"] for row in rows)
-    results = {
-        "script": SCRIPT, "dataset": data.name, "dataset_md5": data.md5,
-        "seed": args.seed, "epochs": args.epochs, "device": args.device, "parameters": sum(n_parameters),
-        "parameters_generator": n_parameters[0], "train_seconds": seconds,
-        "images_per_s": n_batches * args.batch_size * len(rows) / seconds,
-        "wall_seconds": time.time() - wall_start, "peak_memory_mb": peak_memory_mb(),
+    write_results(out_dir, SCRIPT, args, data, {
+        "parameters": sum(n_parameters), "parameters_generator": n_parameters[0], "train_seconds": seconds,
+        "images_per_s": n_batches * args.batch_size * len(rows) / seconds, "wall_seconds": time.time() - wall_start,
         "best_epoch": best["epoch"], "val_fid": best["val_fid"], "val_fid_floor": val_floor, **scores,
-        "interpolation": interpolation, "flags": flags,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-    write_atomic(out_dir / "results.json", lambda file: file.write((json.dumps(results, indent=2) + "\n").encode()))
-    print("test{}: FID {:.2f} (training images: {:.2f}), coverage {:.3f} ({:.3f}), classifier's confidence {:.3f} and "
-          "score {:.2f}".format(note, *(scores[key] for key in (
-              "fid", "fid_floor", "coverage", "coverage_of_training_images", "classifier_confidence",
-              "classifier_score"))))
-    print("share of each digit{}: {}; distance to the nearest training image {:.2f} (test images: {:.2f}); weights of "
-          "epoch {}".format(note, " ".join(f"{100 * share:.1f}%" for share in scores["class_shares"]),
-                            scores["nearest_train_distance"], scores["nearest_train_distance_of_test"], best["epoch"]))
+        "interpolation": interpolation})
+    print(f"test{note}: FID {scores['fid']:.2f} (training images: {scores['fid_floor']:.2f}), coverage "
+          f"{scores['coverage']:.3f} ({scores['coverage_of_training_images']:.3f}), classifier's confidence "
+          f"{scores['classifier_confidence']:.3f} and score {scores['classifier_score']:.2f}\n"
+          f"share of each digit{note}: {' '.join(f'{100 * share:.1f}%' for share in scores['class_shares'])}; "
+          f"distance to the nearest training image {scores['nearest_train_distance']:.2f} (test images: "
+          f"{scores['nearest_train_distance_of_test']:.2f}); weights of epoch {best['epoch']}")
 
 
 def save_sample_files(args, checkpoint):
@@ -558,7 +527,7 @@ def save_sample_files(args, checkpoint):
     samples = generate(generator, noise(args.sample, generator.latent_dim, args.seed))  # [N, 784]
     write_atomic(args.out_dir / "samples.npz",
                  lambda file: np.savez_compressed(file, samples=samples.view(-1, 28, 28).numpy()))
-    save_images(samples[:100], args.out_dir / "samples.png", f"Samples{label(checkpoint['flags']['dataset'])}",
+    save_images(samples[:100], args.out_dir / "samples.png", f"Samples{label(args.dataset)}",
                 columns=min(10, args.sample), width=3.6)
 
 

@@ -12,9 +12,7 @@ in nats per image, on the scale 0..256 of the grey levels; bits per dimension ar
 """
 
 import copy
-import json
 import math
-import platform
 import sys
 import time
 from functools import partial
@@ -28,11 +26,12 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure  # not pyplot: files only, no display
 from tqdm import tqdm
 
-from datasets import (InputError, claim, default_out_dir, label, load, on_signals, one_line_errors, parse_flags,
-                      peak_memory_mb, read_checkpoint, say_how_to_resume, write_atomic, write_csv)
+from datasets import (check_finite, claim, default_out_dir, label, load, on_signals, one_line_errors, parse_flags,
+                      random_states, read_checkpoint, say_how_to_resume, set_random_states, write_atomic,
+                      write_checkpoint, write_results)
 
 EMA_DECAY = 0.999  # of the averaged weights, per update
-MAX_GRAD_NORM = 1  # of bits per dimension; above nearly all: against the rare outlier that would spoil the weights
+MAX_GRAD_NORM = 1  # nearly all gradients are shorter: it tames the rare one that would spoil the weights
 FIXED = 1e-3  # weight of the standard logistic that is part of each mixture
 TARGET_BPD = 1.85  # question 3.8
 SCRIPT = "a3_nf"
@@ -72,23 +71,19 @@ def get_mask(scale=0, side=28):
     before is -1, factored out (RealNVP, section 3.6): so a coupling sees pixels that no other has changed.
     """
     step = 2 ** (scale // 2)  # between pixels in a row
-    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    left = (row % step == 0) & (column % step == 0)
-    row, column = row // step, column // step
-    if scale % 2 == 0:
-        mask = (row + column + 1) % 2
-    else:
-        mask = (row + 1) % 2
-        left &= (row + column) % 2 == 0
-    return torch.where(left, mask, -1).float().view(1, -1)
+    row, column = torch.meshgrid(2 * [torch.arange(side) / step], indexing="ij")  # not whole: factored out before
+    left, mask = (row % 1 == 0) & (column % 1 == 0), (row + column + 1) % 2
+    if scale % 2 == 1:  # of what this checkerboard sees, every other row
+        left, mask = left & (mask == 1), (row + 1) % 2
+    return torch.where(left, mask, -1).view(1, -1)
 
 
 def pixel_tables(mask):
     """The pixels where a mask [1, D] has ones and where it has zeros: two tables of indices, each [c, H, W].
 
-    The c channels are places in the smallest square that the mask, seen as an image, repeats. The checkerboard of
-    28x28 pixels gives two channels of 14x14 seen and two of 14x14 changed: convolutions from the ones to the others
-    compute nothing that is thrown away. For a mask that does not repeat, the tables are just lists of pixels, [c].
+    If the mask, as an image, consists of equal n x n tiles, each place in the tile is a channel: the checkerboard gives
+    two channels of 14x14 that are seen and two that are changed, and no convolution computes what is thrown away.
+    Otherwise the tables are lists of pixels, [c].
     """
     mask, table = mask.flatten().cpu(), torch.arange(mask.numel())
     side = math.isqrt(len(mask))
@@ -111,8 +106,8 @@ def mixture_logit(x, logits, mean, log_s):
     """h = logit F(x), F the distribution function of a mixture of logistics (Ho et al. 2019, section 3.2).
 
     x [B, ...]; logits of the weights, means and log scales, each [B, K, ...]. Returns h and log dh/dx, each [B, ...].
-    With weight FIXED, a standard logistic is part of the mixture. It keeps the slope from vanishing between the K
-    components, and all finite far out (|x| > 70), where they underflow and are left out.
+    A standard logistic with weight FIXED is part of the mixture: it keeps the slope above zero between the K others,
+    and everything finite where these underflow (|x| > 70) and are left out.
     """
     weight, inverse_s = logits.softmax(1), torch.exp(-log_s)
     u = (x.unsqueeze(1) - mean) * inverse_s
@@ -149,8 +144,8 @@ class Coupling(nn.Module):
 
     A network of the seen pixels gives the parameters of an increasing map of the real numbers for each changed pixel:
     the logit of a mixture of n_mixtures logistics, then log_scale and shift. With n_mixtures=0 these only: RealNVP's
-    affine coupling (Dinh et al. 2017, equations 7 and 8), which starts as the identity. `embed` is what the network is
-    told of seen pixels [B, c, ...], a tensor [B, n_embed * c, ...].
+    affine coupling (Dinh et al. 2017, equations 7 and 8), which starts as the identity. `embed` maps the seen pixels
+    [B, c, ...] to the network's input [B, n_embed * c, ...].
     """
 
     def __init__(self, c_in, mask, n_hidden=64, n_mixtures=12, embed=lambda z: z, n_embed=1):
@@ -171,11 +166,9 @@ class Coupling(nn.Module):
             Residual(nn.SiLU(), spatial(n_hidden, n_hidden), nn.SiLU(), pointwise(n_hidden, n_hidden)), nn.SiLU(),
             pointwise(n_hidden, self.n_parameters * n_changed))
         nn.init.zeros_(self.net[-1].weight)
-        nn.init.zeros_(self.net[-1].bias)
-        if n_mixtures:  # components that start equal would stay equal
-            with torch.no_grad():
-                means = self.net[-1].bias.view(self.n_parameters, n_changed)[2 + n_mixtures:2 + 2 * n_mixtures]
-                means.copy_(torch.linspace(-1, 1, n_mixtures).unsqueeze(1).expand_as(means))
+        bias = nn.init.zeros_(self.net[-1].bias).detach().view(self.n_parameters, n_changed)
+        means = torch.linspace(-1, 1, n_mixtures)  # not equal: components that start equal would stay equal
+        bias[2 + n_mixtures:2 + 2 * n_mixtures] = means.unsqueeze(1)
 
     def forward(self, z, ldj, reverse=False):
         """z [B, c_in] and the log-determinant so far, ldj [B], nats -> both behind this layer, or before it."""
@@ -226,9 +219,9 @@ class Flow(nn.Module):
 class GreyLevels(nn.Module):
     """From grey levels y in [0, 256] to the real numbers: z = logit C(y), with C a distribution function.
 
-    C gives each level its share p of the pixels of the training images, but black one half, and is linear within a
-    level, as dequantization is uniform. So pixels start out distributed nearly as the prior is, black is z < 0, and the
-    greys, which cost most of the bits, have much room (with black's share of 0.8, z < 1.4, training was slower).
+    C gives each level its share p of the training pixels, but black one half: its true share, 0.8, would leave little
+    room for the greys, which cost most of the bits, and training was slower. Within a level C is linear, as
+    dequantization is uniform. So black is z < 0, and pixels start out distributed nearly as the prior.
     """
 
     def __init__(self):
@@ -267,8 +260,8 @@ class GreyLevels(nn.Module):
     def embed(self, z):
         """What the couplings' networks are told of pixels z [B, c, ...]: [B, 4c, ...].
 
-        That is z, which is mostly noise where the pixel is black, the grey level y, and how black and how white it is:
-        one for y < 1 and falling to zero within the next level, and from y = 252 on, which most of the ink has.
+        z itself, which is mostly noise where the pixel is black; the grey level y; how black it is, 1 up to y = 1 and
+        falling to 0 at y = 2; and how white, 0 up to y = 251 and rising to 1 at 252, which most of the ink has.
         """
         y = self(z, 0, reverse=True)[0]
         return torch.cat([z, y / 128 - 1, (2 - y).clamp(0, 1), (y - 251).clamp(0, 1)], dim=1)
@@ -467,10 +460,9 @@ def run_name(args):
 def run(args, checkpoint):
     """Train, from the start or from `checkpoint`; then measure the best epoch on the test set, and draw it."""
     wall_start, device = time.time(), torch.device(args.device)
-    on_device = getattr(torch, device.type)  # torch.cuda or torch.mps, for their random states
     data = load(args.dataset, args.data_dir)
     note, out_dir = label(data.name), args.out_dir or default_out_dir(run_name(args), data.name)
-    flags = args.flags | {"dataset": data.name}  # no longer auto
+    args.flags["dataset"] = data.name  # no longer auto
     claim(out_dir, data, checkpoint)
     train, val, test = (split.images.to(device) for split in (data.train, data.val, data.test))
     if args.dry_run:
@@ -484,7 +476,8 @@ def run(args, checkpoint):
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     n_batches = math.ceil(len(train) / args.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.lr, total_steps=max(20, args.epochs * n_batches), pct_start=0.1, cycle_momentum=False)
+        optimizer, args.lr, pct_start=0.1, cycle_momentum=False,
+        total_steps=max(20, args.epochs * n_batches))  # it fails at 10
     state = {"model": model, "averaged": averaged, "optimizer": optimizer, "schedule": schedule}
     rows, best = [], None  # of metrics.csv; the averaged weights with the best validation bpd
     losses, seconds, signals = [], 0.0, []  # of the running epoch
@@ -495,34 +488,21 @@ def run(args, checkpoint):
             part.load_state_dict(checkpoint[name])
         rows, best, losses, seconds = (checkpoint[key] for key in ("rows", "best", "losses", "seconds"))
         seconds_to_target = checkpoint["seconds_to_target"]
-        torch.set_rng_state(checkpoint["rng"])
-        if device.type != "cpu" and checkpoint["device"] == device.type:
-            on_device.set_rng_state(checkpoint["device_rng"], device)
-        wall_start -= seconds + sum(row["seconds"] for row in rows)  # those of the processes before
+        set_random_states(checkpoint, device)
+        wall_start -= seconds + sum(row["seconds"] for row in rows)  # the time before the interruption counts
 
     def save():
-        content = {
-            "script": SCRIPT, "flags": flags, "md5": data.md5, "epoch": len(rows), "rows": rows, "best": best,
-            "device": device.type, "losses": [(float(loss), size) for loss, size in losses], "seconds": seconds,
-            "seconds_to_target": seconds_to_target, "rng": torch.get_rng_state(),
-            "device_rng": None if device.type == "cpu" else on_device.get_rng_state(device),
-            **{name: part.state_dict() for name, part in state.items()}}
-        if best and best["epoch"] == len(rows) and not losses:
-            write_atomic(out_dir / "best.pt", lambda file: torch.save(content, file))
-        (out_dir / "results.json").unlink(missing_ok=True)  # of another run
-        write_csv(out_dir / "metrics.csv", rows)
-        write_atomic(out_dir / "checkpoint.pt", lambda file: torch.save(content, file))  # last: the others are there
+        write_checkpoint(out_dir, {
+            "script": SCRIPT, "flags": args.flags, "md5": data.md5, "epoch": len(rows), "rows": rows, "best": best,
+            "losses": [(float(loss), size) for loss, size in losses], "seconds": seconds,
+            "seconds_to_target": seconds_to_target, **random_states(device),
+            **{name: part.state_dict() for name, part in state.items()}})
 
     def check_target(val_bpd):
         nonlocal seconds_to_target
         if seconds_to_target is None and val_bpd < TARGET_BPD:
             seconds_to_target = time.time() - start + sum(row["seconds"] for row in rows)
             tqdm.write(f"validation under {TARGET_BPD} after {seconds_to_target:.0f} s{note}")
-
-    def check_finite(loss):
-        if not math.isfinite(loss):
-            raise InputError(f"the loss or a weight in epoch {len(rows) + 1} is not finite: start anew with a --lr "
-                             f"below {args.lr:g}, in another --out_dir")
 
     def on_step():
         schedule.step()
@@ -533,7 +513,7 @@ def run(args, checkpoint):
         bar.update()
         if n % 50 == 0 or n % n_batches == 0 or signals:
             bpd = float(losses[-1][0])
-            check_finite(bpd + sum(p.detach().sum() for p in model.parameters()))
+            check_finite(bpd + sum(p.detach().sum() for p in model.parameters()), len(rows) + 1, args.lr)
             bar.set_postfix_str(f"{bpd:.3f} bits per dimension")
         if seconds_to_target is None and n.bit_count() == 1:  # a power of two: seldom
             check_target(epoch_iter(averaged, [val[:1000]], None))
@@ -544,17 +524,16 @@ def run(args, checkpoint):
           f"flow{note} with {args.n_mixtures} logistics per pixel, {n_parameters / 1e6:.2f}M parameters, on {device}; "
           f"output in {out_dir}\n"
           f"epoch  train bpd  val bpd  seconds  images/s  learning rate")
-    done = len(rows) * n_batches + len(losses)
-    bar = tqdm(total=args.epochs * n_batches, initial=done, unit="batch", disable=None)  # None: not in a log file
+    bar = tqdm(total=args.epochs * n_batches, initial=schedule.last_epoch, unit="batch", disable=None)  # tty only
     on_signals(lambda number, frame: signals.append(number))  # on_step looks, when a batch is done
     try:
         for epoch in range(len(rows) + 1, args.epochs + 1):
             start = time.time() - seconds
-            generator = torch.Generator().manual_seed(args.seed + 1_000_003 * epoch)  # so a resumed epoch is the same
-            order = torch.randperm(len(train), generator=generator).to(device)
+            rng = torch.Generator().manual_seed(args.seed + 1_000_003 * epoch)  # so a resumed epoch is the same
+            order = torch.randperm(len(train), generator=rng).to(device)
             loaders = train[order].split(args.batch_size)[len(losses):], val.split(500)
             train_bpd, val_bpd = run_epoch(model, loaders, optimizer, averaged, on_step, losses)
-            check_finite(train_bpd + val_bpd)
+            check_finite(train_bpd + val_bpd, epoch, args.lr)
             check_target(val_bpd)
             seconds = time.time() - start
             rows.append({"epoch": epoch, "train_bpd": train_bpd, "val_bpd": val_bpd, "seconds": seconds,
@@ -567,14 +546,14 @@ def run(args, checkpoint):
             losses, seconds = [], 0.0
             save()
         bar.close()
-        on_signals()  # from here on at once: nothing is lost
+        on_signals()  # from here on they end the program at once: the training is saved
         if signals:
             sys.exit(128 + signals[0])
 
         averaged.load_state_dict(best["model"])
         torch.manual_seed(args.seed)  # so that an interrupted run ends with the same results
         scores = evaluate(averaged, test, args.iw_samples)
-        save_bpd_plot(*([row[key] for row in rows] for key in ("train_bpd", "val_bpd")), out_dir / "bpd.png", note)
+        save_bpd_plot([row["train_bpd"] for row in rows], [row["val_bpd"] for row in rows], out_dir / "bpd.png", note)
         save_samples(averaged, out_dir / "samples_end.png", f"Samples after training{note}")
         save_temperatures(averaged, out_dir / "temperatures.png", note)
         save_interpolation(averaged, data.test, out_dir / "interpolation.png", note)
@@ -588,19 +567,13 @@ def run(args, checkpoint):
         say_how_to_resume(args, out_dir)
         raise
     finally:
-        on_signals()
         bar.close()
 
     seconds = sum(row["seconds"] for row in rows)
-    results = {
-        "script": SCRIPT, "dataset": data.name, "dataset_md5": data.md5,
-        "seed": args.seed, "epochs": args.epochs, "device": args.device, "parameters": n_parameters,
-        "train_seconds": seconds, "images_per_s": len(train) * len(rows) / seconds,
-        "wall_seconds": time.time() - wall_start, "peak_memory_mb": peak_memory_mb(),
-        "best_epoch": best["epoch"], "val_bpd": best["val_bpd"], **scores, "seconds_to_1_85": seconds_to_target,
-        "seconds_to_sample_64": sample_seconds, "flags": flags,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-    write_atomic(out_dir / "results.json", lambda file: file.write((json.dumps(results, indent=2) + "\n").encode()))
+    write_results(out_dir, SCRIPT, args, data, {
+        "parameters": n_parameters, "train_seconds": seconds, "images_per_s": len(train) * len(rows) / seconds,
+        "wall_seconds": time.time() - wall_start, "best_epoch": best["epoch"], "val_bpd": best["val_bpd"], **scores,
+        "seconds_to_1_85": seconds_to_target, "seconds_to_sample_64": sample_seconds})
     iw = f"; with {args.iw_samples} draws of the noise {scores['test_bpd_iw']:.4f}" if args.iw_samples else ""
     print(f"test, bits per dimension{note}: {scores['test_bpd']:.4f}{iw}; weights of epoch {best['epoch']}; "
           f"64 samples take {sample_seconds:.2f} s")
@@ -613,7 +586,7 @@ def save_sample_files(args, checkpoint):
                          for i in range(0, args.sample, 1000)])  # [N, 784]
     write_atomic(args.out_dir / "samples.npz",
                  lambda file: np.savez_compressed(file, samples=samples.view(-1, 28, 28).numpy()))
-    save_images(samples[:100], args.out_dir / "samples.png", f"Samples{label(checkpoint['flags']['dataset'])}",
+    save_images(samples[:100], args.out_dir / "samples.png", f"Samples{label(args.dataset)}",
                 columns=min(10, args.sample), width=3.6)
 
 

@@ -11,9 +11,7 @@ per image: summed over the 784 pixels, averaged over images.
 
 import copy
 import itertools
-import json
 import math
-import platform
 import sys
 import time
 from pathlib import Path
@@ -27,11 +25,12 @@ from matplotlib.figure import Figure  # not pyplot: files only, no display
 from scipy.stats import norm
 from tqdm import tqdm
 
-from datasets import (InputError, claim, default_out_dir, label, load_binarized, on_signals, one_line_errors,
-                      parse_flags, peak_memory_mb, read_checkpoint, say_how_to_resume, write_atomic, write_csv)
+from datasets import (check_finite, claim, default_out_dir, label, load_binarized, on_signals, one_line_errors,
+                      parse_flags, random_states, read_checkpoint, say_how_to_resume, set_random_states, write_atomic,
+                      write_checkpoint, write_results)
 
 EMA_DECAY = 0.999  # of the averaged weights, per update
-MAX_GRAD_NORM = 100  # above nearly all: against the rare outlier whose gradient would spoil the weights
+MAX_GRAD_NORM = 100  # nearly all gradients are shorter: it tames the rare one that would spoil the weights
 SCRIPT = "a3_vae"
 FLAGS = {  # of a run: default, lowest and highest value, and what it is
     "zdim": (20, 1, 1000, "dimensions of the latent space"),
@@ -46,7 +45,7 @@ FLAGS = {  # of a run: default, lowest and highest value, and what it is
 # ----------------------------------------------------------------------------------------------------------- model
 
 class Residual(nn.Module):
-    """x + f(x); the last layer of f starts at zero, so the block starts as the identity."""
+    """x + f(x); the last weight of f starts at zero, so the block starts as x plus a small constant."""
 
     def __init__(self, n):
         super().__init__()
@@ -193,7 +192,7 @@ def evaluate(model, x, iw_samples):
             epsilon = torch.randn_like(std)
             z = mean + std * epsilon
             log_p_x_z = log_p_x_given_z(batch, model.decoder.logits(z))  # [B]
-            log_p_z_over_q = (0.5 * (epsilon ** 2 - z ** 2) + std.log()).sum(1)  # both constants are the same
+            log_p_z_over_q = (0.5 * (epsilon ** 2 - z ** 2) + std.log()).sum(1)  # -log(2 pi) / 2 cancels
             recon += log_p_x_z / k
             log_sum_w = torch.logaddexp(log_sum_w, log_p_x_z + log_p_z_over_q)
         totals += torch.stack([recon, kl_divergence(mean, std), log_sum_w - math.log(k)]).sum(1)  # [3, B] -> [3]
@@ -306,10 +305,9 @@ def run_name(args):
 def run(args, checkpoint):
     """Train, from the start or from `checkpoint`; then measure the best epoch on the test set, and draw it."""
     wall_start, device = time.time(), torch.device(args.device)
-    on_device = getattr(torch, device.type)  # torch.cuda or torch.mps, for their random states
     data = load_binarized(args.dataset, args.data_dir)
     note, out_dir = label(data.name), args.out_dir or default_out_dir(run_name(args), data.name)
-    flags = args.flags | {"dataset": data.name}  # no longer auto
+    args.flags["dataset"] = data.name  # no longer auto
     claim(out_dir, data, checkpoint)
     train, val, test = (split.images.to(device) for split in (data.train, data.val, data.test))
     if args.dry_run:
@@ -322,7 +320,8 @@ def run(args, checkpoint):
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05, fused=True)
     n_batches = math.ceil(len(train) / args.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.lr, total_steps=max(20, args.epochs * n_batches), pct_start=0.1, cycle_momentum=False)
+        optimizer, args.lr, pct_start=0.1, cycle_momentum=False,
+        total_steps=max(20, args.epochs * n_batches))  # it fails at 10
     state = {"model": model, "averaged": averaged, "optimizer": optimizer, "schedule": schedule}
     rows, best = [], None  # of metrics.csv; the averaged weights with the best validation ELBO
     losses, seconds, signals = [], 0.0, []  # of the running epoch
@@ -331,28 +330,14 @@ def run(args, checkpoint):
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
         rows, best, losses, seconds = (checkpoint[key] for key in ("rows", "best", "losses", "seconds"))
-        torch.set_rng_state(checkpoint["rng"])
-        if device.type != "cpu" and checkpoint["device"] == device.type:
-            on_device.set_rng_state(checkpoint["device_rng"], device)
-        wall_start -= seconds + sum(row["seconds"] for row in rows)  # those of the processes before
+        set_random_states(checkpoint, device)
+        wall_start -= seconds + sum(row["seconds"] for row in rows)  # the time before the interruption counts
 
     def save():
-        content = {
-            "script": SCRIPT, "flags": flags, "md5": data.md5, "epoch": len(rows), "rows": rows, "best": best,
-            "device": device.type, "losses": [(float(loss), size) for loss, size in losses], "seconds": seconds,
-            "rng": torch.get_rng_state(),
-            "device_rng": None if device.type == "cpu" else on_device.get_rng_state(device),
-            **{name: part.state_dict() for name, part in state.items()}}
-        if best and best["epoch"] == len(rows) and not losses:
-            write_atomic(out_dir / "best.pt", lambda file: torch.save(content, file))
-        (out_dir / "results.json").unlink(missing_ok=True)  # of another run
-        write_csv(out_dir / "metrics.csv", rows)
-        write_atomic(out_dir / "checkpoint.pt", lambda file: torch.save(content, file))  # last: the others are there
-
-    def check_finite(loss):
-        if not math.isfinite(loss):
-            raise InputError(f"the loss or a weight in epoch {len(rows) + 1} is not finite: start anew with a --lr "
-                             f"below {args.lr:g}, in another --out_dir")
+        write_checkpoint(out_dir, {
+            "script": SCRIPT, "flags": args.flags, "md5": data.md5, "epoch": len(rows), "rows": rows, "best": best,
+            "losses": [(float(loss), size) for loss, size in losses], "seconds": seconds,
+            **random_states(device), **{name: part.state_dict() for name, part in state.items()}})
 
     def on_step():
         schedule.step()
@@ -363,7 +348,7 @@ def run(args, checkpoint):
         bar.update()
         if n % 50 == 0 or n % n_batches == 0 or signals:
             elbo = -float(losses[-1][0])
-            check_finite(elbo + sum(p.detach().sum() for p in model.parameters()))
+            check_finite(elbo + sum(p.detach().sum() for p in model.parameters()), len(rows) + 1, args.lr)
             bar.set_postfix_str(f"ELBO {elbo:.1f}")
         if signals:
             sys.exit(128 + signals[0])
@@ -371,18 +356,17 @@ def run(args, checkpoint):
     print(f"{data.name}{note}, binarization: {data.binarization}; {len(train)} training images\n"
           f"VAE{note} with z_dim {args.zdim}, {n_parameters / 1e6:.2f}M parameters, on {device}; output in {out_dir}\n"
           f"epoch  train ELBO    val ELBO  seconds  images/s  learning rate")
-    done = len(rows) * n_batches + len(losses)
-    bar = tqdm(total=args.epochs * n_batches, initial=done, unit="batch", disable=None)  # None: not in a log file
+    bar = tqdm(total=args.epochs * n_batches, initial=schedule.last_epoch, unit="batch", disable=None)  # tty only
     on_signals(lambda number, frame: signals.append(number))  # on_step looks, when a batch is done
     try:
         for epoch in range(len(rows) + 1, args.epochs + 1):
             start = time.time() - seconds
-            generator = torch.Generator().manual_seed(args.seed + 1_000_003 * epoch)  # so a resumed epoch is the same
-            order = torch.randperm(len(train), generator=generator).to(device)
-            images = shift_some(train, 0.5 - 0.5 * (epoch - 1) / args.epochs, generator)  # fewer and fewer
+            rng = torch.Generator().manual_seed(args.seed + 1_000_003 * epoch)  # so a resumed epoch is the same
+            order = torch.randperm(len(train), generator=rng).to(device)
+            images = shift_some(train, 0.5 - 0.5 * (epoch - 1) / args.epochs, rng)  # fewer and fewer
             loaders = images[order].split(args.batch_size)[len(losses):], val.split(1000)
             train_elbo, val_elbo = run_epoch(model, loaders, optimizer, averaged, on_step, losses)
-            check_finite(train_elbo + val_elbo)
+            check_finite(train_elbo + val_elbo, epoch, args.lr)
             seconds = time.time() - start
             rows.append({"epoch": epoch, "train_elbo": train_elbo, "val_elbo": val_elbo, "seconds": seconds,
                          "images_per_s": len(train) / seconds, "learning_rate": schedule.get_last_lr()[0]})
@@ -394,14 +378,14 @@ def run(args, checkpoint):
             losses, seconds = [], 0.0
             save()
         bar.close()
-        on_signals()  # from here on at once: nothing is lost
+        on_signals()  # from here on they end the program at once: the training is saved
         if signals:
             sys.exit(128 + signals[0])
 
         averaged.load_state_dict(best["model"])
         torch.manual_seed(args.seed)  # so that an interrupted run ends with the same results
         scores = evaluate(averaged, test, args.iw_samples)
-        save_elbo_plot(*([row[key] for row in rows] for key in ("train_elbo", "val_elbo")), out_dir / "elbo.png",
+        save_elbo_plot([row["train_elbo"] for row in rows], [row["val_elbo"] for row in rows], out_dir / "elbo.png",
                        f", {args.zdim} latent dimensions{note}")
         save_samples(averaged, out_dir / "samples_end.png", f"Samples after training{note}")
         save_reconstructions(averaged, val[::len(val) // 50][:50], out_dir / "reconstructions.png", note)
@@ -414,18 +398,13 @@ def run(args, checkpoint):
         say_how_to_resume(args, out_dir)
         raise
     finally:
-        on_signals()
         bar.close()
 
     seconds = sum(row["seconds"] for row in rows)
-    results = {
-        "script": SCRIPT, "dataset": data.name, "dataset_md5": data.md5, "binarization": data.binarization,
-        "seed": args.seed, "epochs": args.epochs, "device": args.device, "parameters": n_parameters,
-        "train_seconds": seconds, "images_per_s": len(train) * len(rows) / seconds,
-        "wall_seconds": time.time() - wall_start, "peak_memory_mb": peak_memory_mb(),
-        "best_epoch": best["epoch"], "val_elbo": best["val_elbo"], **scores, "flags": flags,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-    write_atomic(out_dir / "results.json", lambda file: file.write((json.dumps(results, indent=2) + "\n").encode()))
+    write_results(out_dir, SCRIPT, args, data, {
+        "binarization": data.binarization, "parameters": n_parameters, "train_seconds": seconds,
+        "images_per_s": len(train) * len(rows) / seconds, "wall_seconds": time.time() - wall_start,
+        "best_epoch": best["epoch"], "val_elbo": best["val_elbo"], **scores})
     log_px = f"; log p(x) >= {scores['test_log_px']:.2f} (k = {args.iw_samples})" if args.iw_samples else ""
     print(f"test, nats per image{note}: ELBO {scores['test_elbo']:.2f} = "
           f"log p(x|z) {scores['test_log_p_x_given_z']:.2f} - KL {scores['test_kl']:.2f}{log_px}; "
@@ -441,7 +420,7 @@ def save_sample_files(args, checkpoint):
     write_atomic(args.out_dir / "samples.npz", lambda file: np.savez_compressed(
         file, samples=samples.view(-1, 28, 28).numpy(), means=means.view(-1, 28, 28).numpy()))
     save_images({"Bernoulli draws": samples[:100] / 255, "means": means[:100] / 255}, args.out_dir / "samples.png",
-                f"Samples{label(checkpoint['flags']['dataset'])}", columns=min(10, args.sample))
+                f"Samples{label(args.dataset)}", columns=min(10, args.sample))
 
 
 def main(argv=None):

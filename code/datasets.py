@@ -16,7 +16,10 @@ import contextlib
 import gzip
 import hashlib
 import io
+import json
+import math
 import os
+import platform
 import shlex
 import shutil
 import signal
@@ -31,6 +34,7 @@ from typing import NamedTuple, Optional
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 MNIST_MD5 = {  # of the uncompressed content
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -44,7 +48,7 @@ GLYPH_FONTS = ("DejaVuSans DejaVuSans-Oblique DejaVuSansMono DejaVuSansMono-Obli
 
 FIGURES = Path(__file__).resolve().parents[1] / "report" / "figures"
 KEPT = ("dataset", "dry_run")  # flags that a checkpoint keeps, beside its script's numbers
-LOCKS = {}  # of the folders that this process writes to
+LOCKS = []  # of the folder that this process writes to, until `release`
 
 
 class InputError(Exception):
@@ -111,7 +115,6 @@ def load_binarized(name="auto", data_dir=None):
 
 # ---------------------------------------------------------------------------------------------- files
 
-
 def resolve_data_dir(data_dir=None):
     """The folder with the data: the argument, else $A3_DATA_DIR, else data/ beside code/."""
     return Path(data_dir or os.environ.get("A3_DATA_DIR") or Path(__file__).resolve().parents[1] / "data")
@@ -146,7 +149,6 @@ def split_train(train_images, train_labels, test_images, test_labels):
 
 
 # ---------------------------------------------------------------------------------------------- MNIST
-
 
 class Unavailable(InputError):
     """MNIST is not on disk and cannot be downloaded."""
@@ -207,7 +209,6 @@ def read_amat(path, n_rows):
 
 
 # ---------------------------------------------------------------------------------------------- glyphs
-
 
 def warn_glyphs(reason):
     bar = "!" * 100
@@ -294,7 +295,6 @@ def distort(bank, labels, generator):
 
 # -------------------------------------------------------------------------------------- the files of a run
 
-
 def write_atomic(path, write):
     """Have write(file) fill a file of this name, such that neither a crash nor a full disk leaves half of one.
 
@@ -326,6 +326,45 @@ def write_csv(path, rows):
     write_atomic(path, lambda file: file.write("".join(",".join(line) + "\n" for line in cells).encode()))
 
 
+def random_states(device):
+    """Of the CPU and of the run's device, as a checkpoint keeps them."""
+    on_device = getattr(torch, device.type)  # torch.cuda or torch.mps
+    return {"device": device.type, "rng": torch.get_rng_state(),
+            "device_rng": None if device.type == "cpu" else on_device.get_rng_state(device)}
+
+
+def set_random_states(checkpoint, device):
+    """Go on with the random numbers of a checkpoint; on another device than its run's, only with the CPU's."""
+    torch.set_rng_state(checkpoint["rng"])
+    if device.type != "cpu" and checkpoint["device"] == device.type:
+        getattr(torch, device.type).set_rng_state(checkpoint["device_rng"], device)
+
+
+def write_checkpoint(folder, content):
+    """Write metrics.csv and checkpoint.pt, and best.pt where an epoch has ended that is the best so far."""
+    if content["best"] and content["best"]["epoch"] == content["epoch"] and not content["losses"]:
+        write_atomic(folder / "best.pt", lambda file: torch.save(content, file))
+    (folder / "results.json").unlink(missing_ok=True)  # of another run
+    write_csv(folder / "metrics.csv", content["rows"])
+    write_atomic(folder / "checkpoint.pt", lambda file: torch.save(content, file))  # last: the others are there
+
+
+def write_results(folder, script, args, data, results):
+    """Write results.json: the results, and what run they are of, on which data and machine."""
+    results = {
+        "script": script, "dataset": data.name, "dataset_md5": data.md5, "seed": args.seed, "epochs": args.epochs,
+        "device": args.device, **results, "peak_memory_mb": peak_memory_mb(), "flags": args.flags,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+    write_atomic(folder / "results.json", lambda file: file.write((json.dumps(results, indent=2) + "\n").encode()))
+
+
+def check_finite(number, epoch, lr):
+    """Raises InputError if a loss, or the sum of one and all weights, is infinite or not a number."""
+    if not math.isfinite(number):
+        raise InputError(f"the loss or a weight in epoch {epoch} is not finite: start anew with a --lr below {lr:g}"
+                         + ", in another --out_dir" * (epoch > 1))
+
+
 def default_out_dir(name, dataset):
     """Where a run writes to: only MNIST's figures go where the report takes them from."""
     return FIGURES / (name if dataset == "mnist" else f"{name}_{dataset}")
@@ -334,16 +373,16 @@ def default_out_dir(name, dataset):
 def claim(folder, data, checkpoint=None):
     """Make a folder this process's own until `release`, for a run on `data`, a new one or the checkpoint's.
 
-    Raises InputError if the run would replace results on MNIST by others or a run that is not finished, if the data is
-    not the checkpoint's, or if another process has the folder.
+    Raises InputError if the data is not the checkpoint's, if another process has the folder, if it has results on MNIST
+    and the data is not MNIST, or if it has a run that is not finished and this is a new one.
     """
     results, metrics = folder / "results.json", folder / "metrics.csv"
     if checkpoint and checkpoint["md5"] != data.md5:
         raise InputError(f"the checkpoint is of other data ({checkpoint['flags']['dataset']}, MD5 {checkpoint['md5']}) "
                          f"than this ({data.name}, MD5 {data.md5}): see --data_dir")
+    lock(folder)
     if data.name != "mnist" and results.exists() and '"dataset": "mnist"' in results.read_text():
         raise InputError(f"{folder} has results on MNIST, which {data.name} must not replace: name another --out_dir")
-    lock(folder)
     if not checkpoint and not results.exists() and metrics.exists() and metrics.stat().st_size:  # an epoch, no results
         raise InputError(f"{folder} has a run that is not finished: go on with --resume, or name another --out_dir, "
                          f"or delete {metrics}")
@@ -354,18 +393,14 @@ def lock(folder):
 
     The system takes the lock back when a process ends, even by kill -9. Windows has no such lock.
     """
-    folder = folder.resolve()
-    if folder in LOCKS:
-        return
     try:
         import fcntl
         folder.mkdir(parents=True, exist_ok=True)
-        LOCKS[folder] = os.open(folder, os.O_RDONLY)
-        fcntl.flock(LOCKS[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        LOCKS.append(os.open(folder, os.O_RDONLY))
+        fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         for half_written in folder.glob(".*.tmp"):
             half_written.unlink()
     except BlockingIOError:
-        os.close(LOCKS.pop(folder))
         raise InputError(f"another run is writing to {folder}: let it end, or name another --out_dir") from None
     except (ImportError, OSError):  # no locks here; a folder that cannot be made is write_atomic's to tell
         pass
@@ -374,7 +409,7 @@ def lock(folder):
 def release():
     """Let other processes write to the folders that this one has claimed."""
     while LOCKS:
-        os.close(LOCKS.popitem()[1])
+        os.close(LOCKS.pop())
 
 
 def read_checkpoint(path, script, flags, make_modules):
@@ -406,7 +441,6 @@ def read_checkpoint(path, script, flags, make_modules):
 
 # ------------------------------------------------------------------------------- the command line, the process
 
-
 def parse_flags(argv, script, description, flags, run_name, make_modules):
     """The command line -> args, and the checkpoint that --resume means, or None.
 
@@ -428,14 +462,14 @@ def parse_flags(argv, script, description, flags, run_name, make_modules):
     add("--data_dir", type=Path, help="folder of the data (default: $A3_DATA_DIR, else data/ of the repository)")
     add("--out_dir", type=Path, help="folder to write to (default: one in report/figures, or the checkpoint's)")
     add = parser.add_argument_group("instead of a new run").add_argument
-    add("--resume", nargs="?", type=Path, const=Path(), metavar="CHECKPOINT",
+    add("--resume", nargs="?", type=Path, const=True, metavar="CHECKPOINT",
         help="go on with an interrupted run (default: checkpoint.pt in the output folder)")
     add("--sample", type=int, metavar="N", help="with --resume: write N samples to samples.npz and samples.png")
     add("--dry_run", action="store_true", help="a few batches of everything, in a temporary folder")
     args = parser.parse_args(argv)
 
     checkpoint, path = None, args.resume
-    if path == Path():
+    if path is True:  # no file is named
         names = ["mnist", "glyphs"] if args.dataset == "auto" else [args.dataset]
         paths = [(args.out_dir or default_out_dir(run_name(args), name)) / "checkpoint.pt" for name in names]
         path = next(filter(Path.exists, paths), paths[0])
@@ -477,6 +511,7 @@ def one_line_errors(script):
         print(f"{script}.py: error: {error}", file=sys.stderr)
         sys.exit(1)
     finally:
+        on_signals()
         release()
 
 
@@ -489,7 +524,7 @@ def on_signals(handler=lambda number, frame: sys.exit(128 + number)):
 def say_how_to_resume(args, out_dir):
     command = [sys.executable, sys.argv[0], "--resume", str(out_dir / "checkpoint.pt")]
     command += ["--data_dir", str(args.data_dir)] * (args.data_dir is not None)
-    print(f"interrupted; to go on: {shlex.join(command)}", file=sys.stderr)
+    tqdm.write(f"interrupted; to go on: {shlex.join(command)}", file=sys.stderr)  # above the bar, if there is one
 
 
 def peak_memory_mb():

@@ -462,6 +462,13 @@ def test_wrong_usage_exits_with_2_and_says_why(args, capsys):
     assert args[0] in one_line(capsys)
 
 
+def test_resume_of_the_folder_one_is_in(finished, tmp_path, glyphs_dir, monkeypatch):
+    shutil.copy(finished / "checkpoint.pt", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert resume(".", glyphs_dir, "--sample", 2) == 0  # "." is a name, too: not the default folder
+    assert (tmp_path / "samples.npz").exists()
+
+
 def test_resume_refuses_flags_that_would_change_the_run(finished, glyphs_dir, capsys):
     assert resume(finished / "checkpoint.pt", glyphs_dir, "--lr", 0.1, "--zdim", 20, "--out_dir", finished / "x") == 2
     assert "--zdim --lr --out_dir" in capsys.readouterr().err
