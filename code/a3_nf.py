@@ -370,18 +370,20 @@ PRINT = {  # drawn as large as the report prints them, in inches and points
 
 @rc_context(PRINT)
 def save_bpd_plot(train_curve, val_curve, filename, note=""):
-    """Bits per dimension of each epoch, and the hand-out's target of 1.85 (question 3.8)."""
+    """Bits per dimension of each epoch, on the left with the hand-out's target of 1.85 (question 3.8)."""
     epochs = range(1, len(train_curve) + 1)
-    figure = Figure(figsize=(3.3, 2.1), layout="constrained")
-    axes = figure.subplots()
-    marker = "." * (len(train_curve) == 1)
-    axes.plot(epochs, train_curve, "-", marker=marker, label=f"training (last {train_curve[-1]:.3f})")
-    axes.plot(epochs, val_curve, "--", marker=marker, label=f"validation (best {min(val_curve):.3f})")
-    axes.axhline(TARGET_BPD, color="black", linestyle=":", label=f"question 3.8: {TARGET_BPD}")
-    axes.set(xlabel="epoch", ylabel="bits per dimension", title=f"Negative log-likelihood{note}")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure = Figure(figsize=(5.5, 2.1), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes in (left, right):
+        marker = "." * (len(train_curve) == 1)
+        axes.plot(epochs, train_curve, "-", marker=marker, label=f"training (last {train_curve[-1]:.3f})")
+        axes.plot(epochs, val_curve, "--", marker=marker, label=f"validation (best {min(val_curve):.3f})")
+        axes.set(xlabel="epoch", ylabel="bits per dimension")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    left.axhline(TARGET_BPD, color="black", linestyle=":", label=f"question 3.8: {TARGET_BPD}")
+    left.legend()
+    figure.suptitle(f"Negative log-likelihood{note}")
     write_atomic(filename, lambda file: figure.savefig(file, format=Path(filename).suffix[1:]))
 
 
