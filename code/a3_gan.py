@@ -521,7 +521,7 @@ def run(args, checkpoint):
           f"{scores['nearest_train_distance_of_test']:.2f}); weights of epoch {best['epoch']}")
 
 
-def save_sample_files(args, checkpoint):
+def save_sample_files(args):
     """--sample: N images of a trained model, uint8 [N, 28, 28], in samples.npz, and the first 100 in samples.png."""
     generator = load_model(args.resume, args.device)
     samples = generate(generator, noise(args.sample, generator.latent_dim, args.seed))  # [N, 784]
@@ -534,7 +534,10 @@ def save_sample_files(args, checkpoint):
 def main(argv=None):
     with one_line_errors(SCRIPT):
         args, checkpoint = parse_flags(argv, SCRIPT, __doc__, FLAGS, run_name, make_modules)
-        (save_sample_files if args.sample else run)(args, checkpoint)
+        if args.sample:
+            save_sample_files(args)
+        else:
+            run(args, checkpoint)
 
 
 if __name__ == "__main__":

@@ -411,7 +411,7 @@ def run(args, checkpoint):
           f"weights of epoch {best['epoch']}")
 
 
-def save_sample_files(args, checkpoint):
+def save_sample_files(args):
     """--sample: N images of a trained model, uint8 [N, 28, 28], in samples.npz, and the first 100 in samples.png."""
     model, generator = load_model(args.resume, args.device), torch.Generator().manual_seed(args.seed)
     parts = [[(255 * x).round().byte().cpu() for x in model.sample(min(1000, args.sample - i), generator)]
@@ -426,7 +426,10 @@ def save_sample_files(args, checkpoint):
 def main(argv=None):
     with one_line_errors(SCRIPT):
         args, checkpoint = parse_flags(argv, SCRIPT, __doc__, FLAGS, run_name, make_modules)
-        (save_sample_files if args.sample else run)(args, checkpoint)
+        if args.sample:
+            save_sample_files(args)
+        else:
+            run(args, checkpoint)
 
 
 if __name__ == "__main__":
