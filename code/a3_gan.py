@@ -382,7 +382,7 @@ def make_modules(flags):
 
 
 def load_model(checkpoint, device="cpu"):
-    """The generator (averaged weights of the best epoch) in eval mode, from a run's checkpoint.pt or best.pt."""
+    """The generator (averaged weights of the best epoch so far) in eval mode, from a run's checkpoint.pt or best.pt."""
     _, modules = read_checkpoint(checkpoint, SCRIPT, FLAGS, make_modules)
     return modules["averaged"].to(device).eval()
 
@@ -411,9 +411,9 @@ def run(args, checkpoint):
     generator, discriminator = Generator(args.latent_dim).to(device), Discriminator().to(device)
     n_parameters = [sum(p.numel() for p in model.parameters()) for model in (generator, discriminator)]
     averaged = copy.deepcopy(generator).requires_grad_(False).eval()
-    n_batches = len(train_images) // args.batch_size  # the last, smaller one is left out: it would upset the batch norm
     optimizer_G = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.0, 0.99), fused=True)
     optimizer_D = torch.optim.Adam(discriminator.parameters(), args.lr / 4, betas=(0.0, 0.99), fused=True)
+    n_batches = len(train_images) // args.batch_size  # the last, smaller one is left out: it would upset the batch norm
     schedule_G, schedule_D = (torch.optim.lr_scheduler.LambdaLR(  # constant, and from halfway on linearly to zero
         optimizer, lambda n: min(1, 2 - 2 * n / (args.epochs * n_batches))) for optimizer in (optimizer_G, optimizer_D))
     averages, currents = ([tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]

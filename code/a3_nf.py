@@ -447,7 +447,7 @@ def make_modules(flags):
 
 
 def load_model(checkpoint, device="cpu"):
-    """The trained flow (averaged weights of the best epoch) in eval mode, from a run's checkpoint.pt or best.pt."""
+    """The flow (averaged weights of the best epoch so far) in eval mode, from a run's checkpoint.pt or best.pt."""
     _, modules = read_checkpoint(checkpoint, SCRIPT, FLAGS, make_modules)
     return modules["averaged"].to(device).eval()
 

@@ -290,7 +290,7 @@ def make_modules(flags):
 
 
 def load_model(checkpoint, device="cpu"):
-    """The trained VAE (averaged weights of the best epoch) in eval mode, from a run's checkpoint.pt or best.pt."""
+    """The VAE (averaged weights of the best epoch so far) in eval mode, from a run's checkpoint.pt or best.pt."""
     _, modules = read_checkpoint(checkpoint, SCRIPT, FLAGS, make_modules)
     return modules["averaged"].to(device).eval()
 

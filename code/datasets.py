@@ -48,7 +48,7 @@ GLYPH_FONTS = ("DejaVuSans DejaVuSans-Oblique DejaVuSansMono DejaVuSansMono-Obli
 
 FIGURES = Path(__file__).resolve().parents[1] / "report" / "figures"
 KEPT = ("dataset", "dry_run")  # flags that a checkpoint keeps, beside its script's numbers
-LOCKS = []  # of the folder that this process writes to, until `release`
+LOCKS = []  # descriptors of the folders that this process writes to, until `release`
 
 
 class InputError(Exception):
@@ -113,7 +113,7 @@ def load_binarized(name="auto", data_dir=None):
     return make_dataset(data.name, splits, "one Bernoulli draw per pixel, seed 0")
 
 
-# ---------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------ the data's files
 
 def resolve_data_dir(data_dir=None):
     """The folder with the data: the argument, else $A3_DATA_DIR, else data/ beside code/."""
@@ -148,7 +148,7 @@ def split_train(train_images, train_labels, test_images, test_labels):
     return Split(x[:N_TRAIN], y[:N_TRAIN]), Split(x[-N_VAL:], y[-N_VAL:]), test
 
 
-# ---------------------------------------------------------------------------------------------- MNIST
+# ----------------------------------------------------------------------------------------------------------- MNIST
 
 class Unavailable(InputError):
     """MNIST is not on disk and cannot be downloaded."""
@@ -208,7 +208,7 @@ def read_amat(path, n_rows):
     return torch.from_numpy(pixels.reshape(n_rows, 784))
 
 
-# ---------------------------------------------------------------------------------------------- glyphs
+# ---------------------------------------------------------------------------------------------------------- glyphs
 
 def warn_glyphs(reason):
     bar = "!" * 100
@@ -293,7 +293,7 @@ def distort(bank, labels, generator):
     return (255 * (1.15 * image).clamp(max=1)).round().to(torch.uint8).flatten(1)
 
 
-# -------------------------------------------------------------------------------------- the files of a run
+# ---------------------------------------------------------------------------------------------- the files of a run
 
 def write_atomic(path, write):
     """Have write(file) fill a file of this name, such that neither a crash nor a full disk leaves half of one.
@@ -321,16 +321,15 @@ def write_atomic(path, write):
 
 def write_csv(path, rows):
     """A table with a heading, from dictionaries with the same keys; None is an empty cell."""
-    cells = [list(row) for row in rows[:1]] + [
-        ["" if value is None else f"{value:.8g}" for value in row.values()] for row in rows]
-    write_atomic(path, lambda file: file.write("".join(",".join(line) + "\n" for line in cells).encode()))
+    lines = [",".join(row) for row in rows[:1]] + [
+        ",".join("" if value is None else f"{value:.8g}" for value in row.values()) for row in rows]
+    write_atomic(path, lambda file: file.write("".join(line + "\n" for line in lines).encode()))
 
 
 def random_states(device):
     """Of the CPU and of the run's device, as a checkpoint keeps them."""
-    on_device = getattr(torch, device.type)  # torch.cuda or torch.mps
-    return {"device": device.type, "rng": torch.get_rng_state(),
-            "device_rng": None if device.type == "cpu" else on_device.get_rng_state(device)}
+    return {"device": device.type, "rng": torch.get_rng_state(), "device_rng": None if device.type == "cpu"
+            else getattr(torch, device.type).get_rng_state(device)}  # torch.cuda or torch.mps
 
 
 def set_random_states(checkpoint, device):
@@ -341,10 +340,10 @@ def set_random_states(checkpoint, device):
 
 
 def write_checkpoint(folder, content):
-    """Write metrics.csv and checkpoint.pt, and best.pt where an epoch has ended that is the best so far."""
+    """Write metrics.csv, checkpoint.pt and, if the epoch that ended is the best so far, best.pt; remove old results."""
     if content["best"] and content["best"]["epoch"] == content["epoch"] and not content["losses"]:
         write_atomic(folder / "best.pt", lambda file: torch.save(content, file))
-    (folder / "results.json").unlink(missing_ok=True)  # of another run
+    (folder / "results.json").unlink(missing_ok=True)  # of an older state
     write_csv(folder / "metrics.csv", content["rows"])
     write_atomic(folder / "checkpoint.pt", lambda file: torch.save(content, file))  # last: the others are there
 
@@ -420,26 +419,26 @@ def read_checkpoint(path, script, flags, make_modules):
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # so that a file cannot run code
-        written_by = checkpoint["script"]
-        if written_by == script:  # are all flags there, do the weights fit, and are they finite?
-            checkpoint["flags"] = {name: checkpoint["flags"][name] for name in (*flags, *KEPT)}
-            modules = make_modules(checkpoint["flags"])
-            best = [("averaged", checkpoint["best"]["model"])] if checkpoint["best"] else []
-            for name, weights in [(name, checkpoint[name]) for name in modules] + best:
-                modules[name].load_state_dict(weights)
-                if not all(tensor.isfinite().all() for tensor in weights.values()):
-                    raise ValueError("not finite")
+        if checkpoint["script"] != script:
+            raise InputError(f"{path} is a checkpoint of {checkpoint['script']}.py, not of {script}.py")
+        checkpoint["flags"] = {name: checkpoint["flags"][name] for name in (*flags, *KEPT)}
+        modules = make_modules(checkpoint["flags"])
+        best = [("averaged", checkpoint["best"]["model"])] if checkpoint["best"] else []
+        for name, weights in [(name, checkpoint[name]) for name in modules] + best:
+            modules[name].load_state_dict(weights)
+            if not all(tensor.isfinite().all() for tensor in weights.values()):
+                raise ValueError("not finite")
+        return checkpoint, modules
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}: name the checkpoint.pt of a run") from None
     except Exception as error:  # torch raises a dozen kinds
         raise InputError(f"{path} is not a checkpoint of this version of {script}.py, or is truncated or corrupt "
                          f"({type(error).__name__})") from None
-    if written_by != script:
-        raise InputError(f"{path} is a checkpoint of {written_by}.py, not of {script}.py")
-    return checkpoint, modules
 
 
-# ------------------------------------------------------------------------------- the command line, the process
+# ----------------------------------------------------------------------------------- the command line, the process
 
 def parse_flags(argv, script, description, flags, run_name, make_modules):
     """The command line -> args, and the checkpoint that --resume means, or None.
@@ -453,7 +452,7 @@ def parse_flags(argv, script, description, flags, run_name, make_modules):
     parser.error = lambda message: parser.exit(2, f"{script}.py: error: {message} (-h lists all flags)\n")
     add = parser.add_argument_group("model and training").add_argument
     for name, (default, _, _, text) in flags.items():
-        also = ["--n_epochs"] * (name == "epochs")
+        also = ["--n_epochs"] * (name == "epochs")  # as the hand-out's GAN calls it
         add(f"--{name}", *also, type=type(default), default=default, help=f"{text} (default %(default)s)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
     add = parser.add_argument_group("data and output").add_argument
@@ -479,7 +478,8 @@ def parse_flags(argv, script, description, flags, run_name, make_modules):
         parser.set_defaults(out_dir=path.parent, **checkpoint["flags"])
         args = parser.parse_args(argv)
         args.resume = path
-        changed = [name for name in (*flags, *KEPT) if getattr(args, name) not in (checkpoint["flags"][name], "auto")]
+        kept = checkpoint["flags"].items()
+        changed = [name for name, value in kept if getattr(args, name) not in (value, "auto")]
         changed += ["out_dir"] * (args.out_dir.resolve() != path.parent.resolve())
         if changed and not args.sample:
             parser.error(f"--resume goes on with the run as it was: leave out --{' --'.join(changed)}, or start anew")
@@ -503,7 +503,8 @@ def parse_flags(argv, script, description, flags, run_name, make_modules):
 
 @contextlib.contextmanager
 def one_line_errors(script):
-    """Around all that a script does: an InputError ends it with one line and exit status 1."""
+    """Around all that a script does: an InputError ends it with one line and exit status 1, a signal with the shell's
+    status; either way its folders are free then."""
     on_signals()
     try:
         yield

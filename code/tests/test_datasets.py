@@ -3,6 +3,8 @@
 import gzip
 import hashlib
 import os
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -158,6 +160,16 @@ def test_write_atomic_keeps_the_old_file_when_the_disk_is_full(tmp_path, monkeyp
     with pytest.raises(datasets.InputError, match="No space left"):
         datasets.write_atomic(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_download_leaves_the_four_files_and_nothing_else(tiny_mnist, monkeypatch):
+    import torchvision
+    source, new = tiny_mnist[0] / "MNIST", tiny_mnist[0] / "new"
+    monkeypatch.setattr(torchvision.datasets, "MNIST",
+                        lambda root, download: shutil.copytree(source, Path(root) / "MNIST"))
+    assert datasets.load("mnist", new).name == "mnist"
+    assert {path.name for path in new.rglob("*") if path.is_file()} == {p.name for p in (source / "raw").iterdir()}
+    assert [path.name for path in new.iterdir()] == ["MNIST"]
 
 
 def test_default_folders():

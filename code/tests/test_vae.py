@@ -305,11 +305,12 @@ def test_help_names_every_flag_and_its_default(capsys):
 
 
 def test_offline_it_goes_on_with_glyphs_and_says_so_everywhere(tmp_path, glyphs_dir, offline, monkeypatch, capsys):
-    monkeypatch.setattr(datasets.tempfile, "mkdtemp", lambda prefix: str(tmp_path / "temporary"))
+    monkeypatch.setattr(datasets.tempfile, "tempdir", str(tmp_path))
     assert main("--dry_run", "--data_dir", glyphs_dir, "--device", "cpu", "--iw_samples", 0) == 0
     out, err = capsys.readouterr()
-    results = json.loads((tmp_path / "temporary" / "results.json").read_text())
-    assert "NO MNIST" in err and results["dataset"] == "glyphs"
+    folder, = tmp_path.glob("a3_vae_*")
+    results = json.loads((folder / "results.json").read_text())
+    assert "NO MNIST" in err and "no network" in err and results["dataset"] == "glyphs"
     lines = [line for line in out.splitlines() if not line.startswith(("epoch", "downloading"))]
     assert len(lines) == 5 and all("[glyphs, not MNIST]" in line for line in lines)
 
@@ -469,6 +470,14 @@ def test_resume_of_the_folder_one_is_in(finished, tmp_path, glyphs_dir, monkeypa
     assert (tmp_path / "samples.npz").exists()
 
 
+def test_resume_without_a_name_looks_in_the_default_folders(finished, tmp_path, glyphs_dir, monkeypatch):
+    monkeypatch.setattr(datasets, "FIGURES", tmp_path)
+    (tmp_path / "vae_z2_glyphs").mkdir()  # there is no vae_z2
+    shutil.copy(finished / "checkpoint.pt", tmp_path / "vae_z2_glyphs")
+    assert main("--zdim", 2, "--resume", "--sample", 2, "--device", "cpu") == 0
+    assert (tmp_path / "vae_z2_glyphs" / "samples.npz").exists()
+
+
 def test_resume_refuses_flags_that_would_change_the_run(finished, glyphs_dir, capsys):
     assert resume(finished / "checkpoint.pt", glyphs_dir, "--lr", 0.1, "--zdim", 20, "--out_dir", finished / "x") == 2
     assert "--zdim --lr --out_dir" in capsys.readouterr().err
@@ -533,7 +542,8 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
         return result * (math.nan if len(calls) >= 5 and where == "loss" else 1)
     monkeypatch.setattr(VAE, "forward", diverging)
     assert dry_run(tmp_path, glyphs_dir) == 1  # 3 batches per epoch: the fifth is in epoch 2
-    assert "not finite" in one_line(capsys) and len(calls) == (5 if ctrl_c else 6)
+    err = one_line(capsys)
+    assert "not finite" in err and "another --out_dir" in err and len(calls) == (5 if ctrl_c else 6)
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert checkpoint["epoch"] == 1 and all(p.isfinite().all() for p in checkpoint["model"].values())
     assert not (tmp_path / "results.json").exists()
