@@ -374,8 +374,8 @@ def save_bpd_plot(train_curve, val_curve, filename, note=""):
     epochs = range(1, len(train_curve) + 1)
     figure = Figure(figsize=(5.5, 2.1), layout="constrained")
     left, right = figure.subplots(1, 2)
+    marker = "." * (len(train_curve) == 1)
     for axes in (left, right):
-        marker = "." * (len(train_curve) == 1)
         axes.plot(epochs, train_curve, "-", marker=marker, label=f"training (last {train_curve[-1]:.3f})")
         axes.plot(epochs, val_curve, "--", marker=marker, label=f"validation (best {min(val_curve):.3f})")
         axes.set(xlabel="epoch", ylabel="bits per dimension")
@@ -479,7 +479,7 @@ def run(args, checkpoint):
     n_batches = math.ceil(len(train) / args.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.lr, pct_start=0.1, cycle_momentum=False,
-        total_steps=max(20, args.epochs * n_batches))  # it fails at 10
+        total_steps=max(20, args.epochs * n_batches))  # at 10 it divides by zero
     state = {"model": model, "averaged": averaged, "optimizer": optimizer, "schedule": schedule}
     rows, best = [], None  # of metrics.csv; the averaged weights with the best validation bpd
     losses, seconds, signals = [], 0.0, []  # of the running epoch

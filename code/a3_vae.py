@@ -322,7 +322,7 @@ def run(args, checkpoint):
     n_batches = math.ceil(len(train) / args.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.lr, pct_start=0.1, cycle_momentum=False,
-        total_steps=max(20, args.epochs * n_batches))  # it fails at 10
+        total_steps=max(20, args.epochs * n_batches))  # at 10 it divides by zero
     state = {"model": model, "averaged": averaged, "optimizer": optimizer, "schedule": schedule}
     rows, best = [], None  # of metrics.csv; the averaged weights with the best validation ELBO
     losses, seconds, signals = [], 0.0, []  # of the running epoch
