@@ -3,17 +3,17 @@
     python a3_vae.py --zdim 20      # figures and results in report/figures/vae_z20
     python a3_vae.py --zdim 2       # the same and the data manifold, in report/figures/vae_z2
 
-Expect, on the test set of Larochelle's fixed binarization: ELBO -87.5 and log p(x) >= -84.3 nats per image (over three
-seeds -87.4 +- 0.1 and -84.2 +- 0.1); with --zdim 2 -134.9 and -132.7 (-134.7 +- 0.9 and -132.4 +- 0.8). 10 minutes of
-training and 2 of testing on two cores of an EPYC.
-Source: Kingma & Welling (2014), Auto-Encoding Variational Bayes, here with convolutions. All likelihoods are in nats
-per image: summed over the 784 pixels, averaged over images.
+Expect a test ELBO of -87.4 and log p(x) >= -84.2 nats per image (-134.7 and -132.4 with --zdim 2), after 12 minutes on
+two cores of an EPYC. The model is that of Kingma & Welling (2014), Auto-Encoding Variational Bayes, with convolutions.
 """
 
+import argparse
 import copy
-import itertools
+import json
 import math
+import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,40 +21,25 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from matplotlib import rc_context
-from matplotlib.figure import Figure  # not pyplot: files only, no display
-from scipy.stats import norm
+from matplotlib.figure import Figure  # not pyplot, which looks for a display
+from torchvision.utils import save_image
 from tqdm import tqdm
 
-from datasets import (check_finite, claim, default_out_dir, label, load_binarized, on_signals, one_line_errors,
-                      parse_flags, random_states, read_checkpoint, say_how_to_resume, set_random_states, write_atomic,
-                      write_checkpoint, write_results)
+from datasets import DATA_DIR, DataError, load_binarized
 
 EMA_DECAY = 0.999  # of the averaged weights, per update
-MAX_GRAD_NORM = 100  # nearly all gradients are shorter: it tames the rare one that would spoil the weights
-SCRIPT = "a3_vae"
-FLAGS = {  # of a run: default, lowest and highest value, and what it is
-    "zdim": (20, 1, 1000, "dimensions of the latent space"),
-    "epochs": (40, 1, 10 ** 5, "passes over the training set"),
-    "batch_size": (128, 1, 50_000, "images per update"),
-    "lr": (3e-3, 1e-9, 10, "highest learning rate of the one-cycle schedule"),
-    "seed": (42, 0, 2 ** 31, "of weights, order of images, and noise"),
-    "iw_samples": (256, 0, 10 ** 5, "samples of z per test image in the bound on log p(x); 0 leaves it out"),
-}
+MAX_GRAD_NORM = 100  # clips the rare exploding gradient; nearly all are smaller
+IW_SAMPLES = 256  # samples of z per test image in the importance-weighted bound on log p(x)
+FIGURES = Path(__file__).resolve().parents[1] / "report" / "figures"
+FORMAT = "a3_vae 2"  # of the checkpoints: a file of another script or version is not loaded
 
 
 # ----------------------------------------------------------------------------------------------------------- model
-
-class Residual(nn.Module):
-    """x + f(x); the last weight of f starts at zero, so the block starts as x plus a small constant."""
-
-    def __init__(self, n):
-        super().__init__()
-        self.f = nn.Sequential(nn.SiLU(), nn.Linear(n, n), nn.SiLU(), nn.Linear(n, n))
-        nn.init.zeros_(self.f[-1].weight)
+class Residual(nn.Sequential):
+    """x + f(x), where f consists of the given layers."""
 
     def forward(self, x):
-        return x + self.f(x)
+        return x + super().forward(x)
 
 
 class Encoder(nn.Module):
@@ -66,10 +51,9 @@ class Encoder(nn.Module):
             nn.Unflatten(1, (1, 28, 28)),
             nn.Conv2d(1, 32, 5, stride=2, padding=2), nn.SiLU(),   # [B, 32, 14, 14]
             nn.Conv2d(32, 32, 3, stride=2, padding=1), nn.SiLU(),  # [B, 32, 7, 7]
-            nn.Flatten(),
-            nn.Linear(32 * 7 * 7, hidden_dim), Residual(hidden_dim), nn.SiLU(),
-            nn.Linear(hidden_dim, 2 * z_dim),
-        )
+            nn.Flatten(), nn.Linear(32 * 7 * 7, hidden_dim),
+            Residual(nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim)),
+            nn.SiLU(), nn.Linear(hidden_dim, 2 * z_dim))
 
     def forward(self, x):
         """x [B, 784] in {0, 1} -> mean and std, each [B, z_dim], std > 0."""
@@ -83,13 +67,12 @@ class Decoder(nn.Module):
     def __init__(self, hidden_dim=500, z_dim=20):
         super().__init__()
         self.logits = nn.Sequential(  # z [B, z_dim] -> log f(z) / (1 - f(z)), [B, 784]
-            nn.Linear(z_dim, hidden_dim), Residual(hidden_dim), nn.SiLU(),
-            nn.Linear(hidden_dim, 32 * 7 * 7), nn.SiLU(),
-            nn.Unflatten(1, (32, 7, 7)),
-            nn.Conv2d(32, 4 * 32, 3, padding=1), nn.PixelShuffle(2), nn.SiLU(),  # [B, 32, 14, 14]
-            nn.Conv2d(32, 4, 3, padding=1), nn.PixelShuffle(2),                  # [B, 1, 28, 28]
-            nn.Flatten(),
-        )
+            nn.Linear(z_dim, hidden_dim),
+            Residual(nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim)),
+            nn.SiLU(), nn.Linear(hidden_dim, 32 * 7 * 7), nn.SiLU(), nn.Unflatten(1, (32, 7, 7)),
+            # PixelShuffle turns four channels of a pixel into a 2x2 block of pixels
+            nn.Conv2d(32, 4 * 32, 3, padding=1), nn.PixelShuffle(2), nn.SiLU(),   # [B, 32, 14, 14]
+            nn.Conv2d(32, 4, 3, padding=1), nn.PixelShuffle(2), nn.Flatten())     # [B, 1, 28, 28] -> [B, 784]
 
     def forward(self, z):
         """z [B, z_dim] -> the Bernoulli means f(z), [B, 784] in (0, 1)."""
@@ -111,16 +94,11 @@ class VAE(nn.Module):
         return -elbo.mean()
 
     @torch.no_grad()
-    def sample(self, n_samples, generator=None):
-        """Ancestral sampling (question 1.2): z ~ N(0, I), then x ~ p(x|z).
-
-        Returns (sampled_ims, im_means), each [n_samples, 784]: draws in {0, 1}, and the Bernoulli means. The noise
-        is made on the CPU, by `generator` or the global one, so a seed gives the same noise on every device.
-        """
-        z = torch.randn(n_samples, self.z_dim, generator=generator)
+    def sample(self, n_samples):
+        """z ~ N(0, I), then x ~ p(x|z) (question 1.2) -> draws in {0, 1} and Bernoulli means, each [n_samples, 784]."""
+        z = torch.randn(n_samples, self.z_dim)  # on the CPU: a seed gives the same noise on every device
         im_means = self.decoder(z.to(next(self.parameters()).device))
-        sampled_ims = (torch.rand(im_means.shape, generator=generator).to(im_means) < im_means).float()
-        return sampled_ims, im_means
+        return (torch.rand(im_means.shape).to(im_means) < im_means).float(), im_means
 
 
 def log_p_x_given_z(x, logits):
@@ -134,305 +112,270 @@ def kl_divergence(mean, std):
 
 
 # ----------------------------------------------------------------------------------------- training and evaluation
-
-def shift_some(images, share, generator):
-    """Move a `share` of the images [N, 784] by up to a pixel each way, against overfitting; their margins are blank."""
+def shift_some(images, share):
+    """Shift a `share` of the images [N, 784] by up to a pixel in each direction, against overfitting."""
     images = images.view(-1, 28, 28).clone()
-    chosen = torch.randperm(len(images), generator=generator)[:round(share * len(images))]
-    for move, indices in zip(itertools.product((-1, 0, 1), repeat=2), chosen.chunk(9)):
-        images[indices] = images[indices].roll(move, dims=(1, 2))
+    chosen = torch.randperm(len(images))[:round(share * len(images))].to(images.device)
+    for i, indices in enumerate(chosen.chunk(9)):
+        images[indices] = images[indices].roll((i // 3 - 1, i % 3 - 1), dims=(1, 2))  # the margins are blank
     return images.flatten(1)
 
 
-def epoch_iter(model, data, optimizer, on_step=None, losses=None):
-    """One pass over `data`, an iterable of batches of 784-pixel images: learn if model.training, else only measure.
+@torch.no_grad()
+def update_average(averaged, model, n_updates):
+    """Move the averaged weights a little towards the model's: an exponential moving average."""
+    decay = min(EMA_DECAY, (1 + n_updates) / (10 + n_updates))  # smaller at first, to forget the untrained weights
+    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
 
-    on_step() is called after each update. `losses` gets a (negative ELBO, batch size) for each batch, behind those
-    of an interrupted pass that this one completes. Returns the average ELBO over images, nats.
-    """
-    losses = [] if losses is None else losses
+
+def epoch_iter(model, data, optimizer, schedule=None, averaged=None):
+    """One pass over batches [B, 784], which trains the model if that is in training mode. Returns the average ELBO."""
     device = next(model.parameters()).device
+    total, n_images = 0, 0
     with torch.set_grad_enabled(model.training):
-        for x in data:
+        for x in tqdm(data, leave=False, disable=None):  # disable=None: no bar if the output is not a terminal
             x = x.to(device, torch.float32).flatten(1)  # [B, 784]
             loss = model(x)
-            losses.append((loss.detach(), len(x)))  # no .item(): a GPU need not wait for the CPU
             if model.training:
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
                 optimizer.step()
-                if on_step:
-                    on_step()
-    return -sum(float(loss) * size for loss, size in losses) / sum(size for _, size in losses)
+                if schedule:
+                    schedule.step()
+                    update_average(averaged, model, schedule.last_epoch)  # which counts updates
+            total += loss.detach() * len(x)  # no .item(), so that a GPU need not wait for the CPU
+            n_images += len(x)
+    return -float(total) / n_images
 
 
-def run_epoch(model, data, optimizer, averaged=None, on_step=None, losses=None):
-    """Train on data[0] and measure on data[1], there with the `averaged` weights if given. Returns both ELBOs."""
+def run_epoch(model, data, optimizer, schedule=None, averaged=None):
+    """Train on data[0] and measure on data[1], there with the averaged weights if given. Returns both ELBOs."""
     traindata, valdata = data
     model.train()
-    train_elbo = epoch_iter(model, traindata, optimizer, on_step, losses)
+    train_elbo = epoch_iter(model, traindata, optimizer, schedule, averaged)
     model.eval()
-    val_elbo = epoch_iter(averaged or model, valdata, optimizer)
-    return train_elbo, val_elbo
+    return train_elbo, epoch_iter(averaged or model, valdata, optimizer)
 
 
 @torch.no_grad()
-def evaluate(model, x, iw_samples):
-    """ELBO, its two terms, and the importance-weighted bound on log p(x); averages over x [N, 784], nats.
+def evaluate(model, x, k):
+    """ELBO, its two terms, and a tighter bound on log p(x): averages over x [N, 784], nats.
 
-    log p(x) >= E log 1/k sum_i w_i with w_i = p(x|z_i) p(z_i) / q(z_i|x), z_i ~ q(z|x) and k = iw_samples (Burda et
-    al. 2016, equation 8). The ELBO averages over the same k samples. With k = 0: over one, and test_log_px is None.
+    The bound is E log 1/k sum_i w_i with w_i = p(x|z_i) p(z_i) / q(z_i|x) and z_i ~ q(z|x) (Burda et al. 2016, equation
+    8). With k = 1 it is the ELBO; it grows with k, towards log p(x).
     """
-    k, totals = max(1, iw_samples), 0
-    for batch in tqdm(x.split(500), "test", disable=None, leave=False):
-        batch = batch.float()
-        mean, std = model.encoder(batch)
-        recon, log_sum_w = torch.zeros_like(mean[:, 0]), torch.full_like(mean[:, 0], -math.inf)  # [B]
-        for _ in range(k):
-            epsilon = torch.randn_like(std)
-            z = mean + std * epsilon
-            log_p_x_z = log_p_x_given_z(batch, model.decoder.logits(z))  # [B]
-            log_p_z_over_q = (0.5 * (epsilon ** 2 - z ** 2) + std.log()).sum(1)  # -log(2 pi) / 2 cancels
-            recon += log_p_x_z / k
-            log_sum_w = torch.logaddexp(log_sum_w, log_p_x_z + log_p_z_over_q)
-        totals += torch.stack([recon, kl_divergence(mean, std), log_sum_w - math.log(k)]).sum(1)  # [3, B] -> [3]
+    totals = 0
+    for batch in tqdm(x.split(20), "test", leave=False, disable=None):  # of 20: 20 k images are decoded at once
+        mean, std = model.encoder(batch.float())                    # [B, z_dim]
+        epsilon = torch.randn(k, *mean.shape, device=mean.device)   # [k, B, z_dim]
+        z = mean + std * epsilon
+        logits = model.decoder.logits(z.flatten(0, 1))              # [k * B, 784]
+        log_p_x_z = log_p_x_given_z(batch.float().repeat(k, 1), logits).view(k, -1)  # [k, B]
+        log_p_z_over_q = (0.5 * (epsilon ** 2 - z ** 2) + std.log()).sum(2)  # log p(z) - log q(z|x): 2 pi cancels
+        log_p_x = (log_p_x_z + log_p_z_over_q).logsumexp(0) - math.log(k)    # [B]
+        totals += torch.stack([log_p_x_z.mean(0), kl_divergence(mean, std), log_p_x]).sum(1)  # [3, B] -> [3]
     recon, kl, log_px = (totals / len(x)).tolist()
-    return {"test_elbo": recon - kl, "test_log_p_x_given_z": recon, "test_kl": kl,
-            "test_log_px": log_px if iw_samples else None, "iw_samples": iw_samples}
+    return {"test_elbo": recon - kl, "test_log_p_x_given_z": recon, "test_kl": kl, "test_log_px": log_px}
 
 
 # --------------------------------------------------------------------------------------------------------- figures
-
-PRINT = {  # drawn as large as the report prints them, in inches and points
-    "font.size": 8, "axes.titlesize": 8, "figure.titlesize": 8, "legend.fontsize": 7, "legend.handlelength": 1.5,
-    "lines.linewidth": 1, "lines.markersize": 3,
-    "savefig.dpi": 300, "savefig.bbox": "tight", "savefig.pad_inches": 0.03}
-
-
-@rc_context(PRINT)
-def save_elbo_plot(train_curve, val_curve, filename, note=""):
-    """Average ELBO of each epoch, nats per image (question 1.13). The first few may lie below the frame."""
-    epochs = range(1, len(train_curve) + 1)
-    figure = Figure(figsize=(2.7, 2.1), layout="constrained")
-    axes = figure.subplots()
-    marker = "." * (len(train_curve) == 1)
-    axes.plot(epochs, train_curve, "-", marker=marker, label=f"training (last {train_curve[-1]:.1f})")
-    axes.plot(epochs, val_curve, "--", marker=marker, label=f"validation (best {max(val_curve):.1f})")
-    axes.set(xlabel="epoch", ylabel="ELBO (nats per image)", title=f"ELBO{note}")
-    if len(train_curve) > 4:
-        low, high = np.quantile([*train_curve, *val_curve], [0.1, 1])
-        axes.set_ylim(bottom=low - 0.25 * (high - low))  # with room for the legend
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    write_atomic(filename, lambda file: figure.savefig(file, format=Path(filename).suffix[1:]))
+def save_elbo_plot(train_curve, val_curve, filename, untrained_elbo=None):
+    """Average ELBO of each epoch, nats per image (question 1.13): the full range, and its upper end enlarged."""
+    figure = Figure(figsize=(6, 2.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes in (left, right):
+        for curve, style, name in ((train_curve, ".-", "training"), (val_curve, ".--", "validation")):
+            axes.plot(range(1, len(curve) + 1), curve, style, label=f"{name} (last {curve[-1]:.1f})")
+        axes.set(xlabel="epoch", ylabel="ELBO (nats per image)")
+        axes.grid(alpha=0.3)
+    right.set_ylim(np.quantile([*train_curve, *val_curve], [0.1, 1]) + [-1, 1])  # without the first epochs
+    if untrained_elbo is not None:
+        left.plot(0, untrained_elbo, "k.", label=f"before training ({untrained_elbo:.1f})")
+    left.legend(loc="lower right")
+    figure.savefig(filename)
 
 
-def image_grid(images, columns):
-    """Images [N, 784] -> one array, `columns` of them side by side, each 30x30 with its frame."""
-    images = F.pad(images.float().cpu(), (0, 0, 0, -len(images) % columns))  # blank ones fill the last row
-    images = F.pad(images.view(-1, columns, 28, 28), (1, 1, 1, 1), value=0.2)  # [rows, columns, 30, 30]
-    return images.transpose(1, 2).flatten(2).flatten(0, 1).numpy()  # [rows * 30, columns * 30]
+def save_grid(images, filename, nrow):
+    """Write images [N, 784] in [0, 1] as a grid, `nrow` side by side, in black on white, three times enlarged."""
+    images = 1 - images.detach().float().cpu().view(-1, 1, 28, 28)
+    images = images.repeat_interleave(3, dim=2).repeat_interleave(3, dim=3)  # [N, 1, 84, 84]
+    save_image(images, filename, nrow=nrow, padding=2, pad_value=0.8)
 
 
-@rc_context(PRINT)
-def save_images(panels, filename, title, columns=8):
-    """Draw panels, {caption: images [N, 784] in [0, 1]}, side by side."""
-    grids = [image_grid(images, columns) for images in panels.values()]
-    height, width = grids[0].shape
-    figure = Figure(figsize=(2.2 * len(panels), 2.2 * height / width + 0.3), layout="constrained")
-    for axis, grid, caption in zip(figure.subplots(1, len(panels), squeeze=False)[0], grids, panels):
-        axis.imshow(grid, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
-        axis.set_title(caption)
-        axis.axis("off")
-    figure.suptitle(title)
-    write_atomic(filename, lambda file: figure.savefig(file, format="png"))
+def save_samples(model, filename):
+    """Rows of eight samples and, to their right, their eight means, from the same noise each time (question 1.14)."""
+    torch.manual_seed(0)
+    samples, means = model.sample(64)
+    save_grid(torch.cat([samples.view(8, 8, 784), means.view(8, 8, 784)], dim=1).flatten(0, 1), filename, nrow=16)
 
 
-def save_samples(model, filename, title):
-    """64 samples and their means, from the same noise at every call (question 1.14)."""
-    sampled_ims, im_means = model.sample(64, torch.Generator().manual_seed(0))
-    save_images({"Bernoulli draws": sampled_ims, "means": im_means}, filename, title)
+def save_manifold(model, filename, n=20):
+    """Decoder means over an n x n grid of z, at quantiles 1% to 99% of the prior (question 1.15; paper, figure 4b)."""
+    z = torch.special.ndtri(torch.linspace(0.01, 0.99, n))  # the normal distribution's percent point function
+    z1, z2 = torch.meshgrid(z, z.flip(0), indexing="xy")    # z1 grows to the right, z2 upwards
+    z = torch.stack([z1, z2], dim=-1).view(-1, 2)           # [n * n, 2]
+    save_grid(model.decoder(z.to(next(model.parameters()).device)), filename, nrow=n)
 
 
-@torch.no_grad()
-def save_reconstructions(model, x, filename, note=""):
-    """Images x [50, 784] in five rows, each above the row of its reconstructions, from the posterior's mean."""
-    recon = model.decoder(model.encoder(x.float())[0])
-    pairs = torch.stack([x.view(5, 10, 784), recon.view(5, 10, 784)], dim=1).view(100, 784)
-    save_images({"below each row of images: its reconstructions": pairs}, filename, f"Validation images{note}", 10)
+# ----------------------------------------------------------------------------------------------------- checkpoints
+def save(content, path):
+    """torch.save by way of a temporary file: after an interruption there is the old file or the new one, whole."""
+    torch.save(content, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
 
 
-@torch.no_grad()
-@rc_context(PRINT)
-def save_manifold(model, filename, note="", n=20):
-    """Decoder means over a grid of z whose lines have equal mass of the prior between them (question 1.15).
-
-    As in Kingma & Welling (2014), figure 4b: z = ppf(u) of equally spaced u in [0.01, 0.99].
-    """
-    z = torch.from_numpy(norm.ppf(np.linspace(0.01, 0.99, n))).float()
-    z1, z2 = torch.meshgrid(z, z.flip(0), indexing="xy")  # z1 grows to the right, z2 upwards
-    means = model.decoder(torch.stack([z1, z2], dim=-1).view(-1, 2).to(next(model.parameters()).device))
-    edge = 0.49 / (n - 1)  # half a tile, as u is in the middle of each
-    figure = Figure(figsize=(4.7, 4.7), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(image_grid(means, n), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest",
-                extent=2 * (0.01 - edge, 0.99 + edge))
-    axes.set(xlabel=r"$\Phi(z_1)$", ylabel=r"$\Phi(z_2)$", title=f"Decoder means over the latent space{note}")
-    write_atomic(filename, lambda file: figure.savefig(file, format="png"))
-
-
-# ------------------------------------------------------------------------------------------------------ checkpoint
-
-def make_modules(flags):
-    """The networks of a run with these flags, by the names of their weights in its checkpoint."""
-    return {name: VAE(z_dim=flags["zdim"]) for name in ("model", "averaged")}
+def load(path):
+    """The content of a checkpoint.pt, best.pt or weights.pt of this script. Raises OSError for any other file."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)  # so that a file cannot run code
+        if content["format"] == FORMAT:
+            return content
+    except Exception:  # torch raises a dozen kinds
+        pass
+    raise OSError(f"{path} is missing, damaged or not of {FORMAT}: train first, or name another folder with --out_dir")
 
 
 def load_model(checkpoint, device="cpu"):
-    """The VAE (averaged weights of the best epoch so far) in eval mode, from a run's checkpoint.pt or best.pt."""
-    _, modules = read_checkpoint(checkpoint, SCRIPT, FLAGS, make_modules)
-    return modules["averaged"].to(device).eval()
+    """The trained VAE (averaged weights) in eval mode, from a run's checkpoint.pt, best.pt or weights.pt."""
+    content = load(checkpoint)
+    model = VAE(z_dim=content["zdim"])
+    model.load_state_dict(content["averaged"])
+    return model.to(device).eval()
 
 
 # ------------------------------------------------------------------------------------------------------------ main
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(  # without the usage, so that an error is one line
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)
+    add = parser.add_argument_group("model and training").add_argument
+    add("--zdim", type=int, default=20, help="dimensions of the latent space (default: %(default)s)")
+    add("--epochs", "--n_epochs", type=int, default=40, help="passes over the training images (default: %(default)s)")
+    add("--batch_size", type=int, default=128, help="images per update (default: %(default)s)")
+    add("--lr", type=float, default=3e-3, help="highest learning rate of the one-cycle schedule (default: %(default)s)")
+    add("--seed", type=int, default=42, help="of weights, order of images, and noise (default: %(default)s)")
+    add("--device", help="cpu, cuda or mps (default: %(default)s)", default="cuda" if torch.cuda.is_available() else
+        "mps" if torch.backends.mps.is_available() else "cpu")
+    add = parser.add_argument_group("data and output").add_argument
+    add("--dataset", choices=["auto", "mnist", "glyphs"], default="auto",
+        help="auto: MNIST, or if it is not available glyphs, which are digits drawn from fonts (default: %(default)s)")
+    add("--data_dir", type=Path, default=DATA_DIR, help="folder of the data (default: %(default)s)")
+    add("--out_dir", type=Path, help="folder of the run (default: report/figures/vae_z20, or as --zdim says)")
+    add("--dry_run", action="store_true", help="a few batches of everything, in a temporary folder")
+    add = parser.add_argument_group("instead of a new run").add_argument
+    add("--resume", action="store_true", help="go on with the run in its folder, with the settings it had")
+    add("--sample", type=int, metavar="N", help="write N samples of the trained model to samples.npz and samples.png")
+    args = parser.parse_args(argv)
+    for name, low in (("zdim", 1), ("epochs", 1), ("batch_size", 1), ("lr", 1e-9), ("seed", 0), ("sample", 1)):
+        if getattr(args, name) is not None and not low <= getattr(args, name) < 2 ** 31:
+            parser.error(f"--{name} must be from {low} to {2 ** 31 - 1}")
+    try:
+        torch.zeros(1, device=args.device).item()
+    except Exception as error:  # torch raises several kinds
+        parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+    return args
 
-def run_name(args):
-    """Of the output folder: see default_out_dir."""
-    return f"vae_z{args.zdim}"
+
+def run_dir(args):
+    """The folder of the run. Glyphs have one of their own, so that they never replace figures of MNIST."""
+    return args.out_dir or FIGURES / f"vae_z{args.zdim}{'_glyphs' if args.dataset == 'glyphs' else ''}"
 
 
-def run(args, checkpoint):
-    """Train, from the start or from `checkpoint`; then measure the best epoch on the test set, and draw it."""
-    wall_start, device = time.time(), torch.device(args.device)
-    data = load_binarized(args.dataset, args.data_dir)
-    note, out_dir = label(data.name), args.out_dir or default_out_dir(run_name(args), data.name)
-    args.flags["dataset"] = data.name  # no longer auto
-    claim(out_dir, data, checkpoint)
-    train, val, test = (split.images.to(device) for split in (data.train, data.val, data.test))
-    if args.dry_run:
-        train, val, test = train[:5 * args.batch_size // 2], val[:200], test[:200]
-
+def write_samples(args):
+    """--sample: N draws and their means, uint8 [N, 28, 28], in samples.npz, and the first draws in samples.png."""
+    model = load_model(run_dir(args) / "weights.pt", args.device)
     torch.manual_seed(args.seed)
-    model = VAE(z_dim=args.zdim).to(device)
-    n_parameters = sum(p.numel() for p in model.parameters())
+    samples, means = ((255 * x).round().byte().cpu().view(-1, 28, 28) for x in model.sample(args.sample))
+    np.savez_compressed(run_dir(args) / "samples.npz", samples=samples, means=means)
+    save_grid(samples[:100] / 255, run_dir(args) / "samples.png", nrow=10)
+    print(f"{args.sample} samples are in {run_dir(args)}")
+
+
+def main(args):
+    checkpoint = load(run_dir(args) / "checkpoint.pt") if args.resume else None
+    vars(args).update(checkpoint["settings"] if checkpoint else {})
+    data = load_binarized(args.dataset, args.data_dir)
+    args.dataset = data.name  # no longer auto
+    train, val, test = (split.images.to(args.device) for split in (data.train, data.val, data.test))
+    if args.dry_run:
+        args.epochs, args.out_dir = min(args.epochs, 2), args.out_dir or Path(tempfile.mkdtemp(prefix="a3_vae_"))
+        train, val, test = train[:5 * args.batch_size // 2], val[:200], test[:200]
+    settings = {k: v for k, v in vars(args).items() if k not in ("device", "data_dir", "out_dir", "resume", "sample")}
+    out_dir = args.out_dir = run_dir(args)
+    out_dir.mkdir(parents=True, exist_ok=True)
+
+    # each epoch has a seed of its own, 10,000 * seed + epoch, so that a resumed run needs no saved random state
+    torch.manual_seed(10_000 * args.seed)
+    model = VAE(z_dim=args.zdim).to(args.device)
     averaged = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05, fused=True)
-    n_batches = math.ceil(len(train) / args.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.lr, pct_start=0.1, cycle_momentum=False,
-        total_steps=max(20, args.epochs * n_batches))  # at 10 it divides by zero
-    state = {"model": model, "averaged": averaged, "optimizer": optimizer, "schedule": schedule}
-    rows, best = [], None  # of metrics.csv; the averaged weights with the best validation ELBO
-    losses, seconds, signals = [], 0.0, []  # of the running epoch
-    save_samples(averaged, out_dir / "samples_start.png", f"Samples before training{note}")
+    n_updates = max(20, args.epochs * math.ceil(len(train) / args.batch_size))  # with 10 it would divide by zero
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, n_updates, pct_start=0.1, cycle_momentum=False)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    print(f"{data.name} ({data.binarization}), {n_parameters:,} parameters, {args.device}; writing to {out_dir}")
+    untrained_elbo = epoch_iter(averaged, val.split(1000), None)
+    state, rows = {"model": model, "averaged": averaged, "optimizer": optimizer, "schedule": schedule}, []
     if checkpoint:
+        rows = checkpoint["rows"]
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
-        rows, best, losses, seconds = (checkpoint[key] for key in ("rows", "best", "losses", "seconds"))
-        set_random_states(checkpoint, device)
-        wall_start -= seconds + sum(row["seconds"] for row in rows)  # the time before the interruption counts
+    else:
+        if (out_dir / "checkpoint.pt").exists() and not (out_dir / "results.json").exists():  # an unfinished run
+            for name in ("best", "checkpoint"):
+                os.replace(out_dir / f"{name}.pt", out_dir / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.pt")
+            print(f"{out_dir} has an unfinished run: its checkpoints are renamed, not replaced", file=sys.stderr)
+        save_samples(averaged, out_dir / "samples_start.png")
 
-    def save():
-        write_checkpoint(out_dir, {
-            "script": SCRIPT, "flags": args.flags, "md5": data.md5, "epoch": len(rows), "rows": rows, "best": best,
-            "losses": [(float(loss), size) for loss, size in losses], "seconds": seconds,
-            **random_states(device), **{name: part.state_dict() for name, part in state.items()}})
+    for epoch in range(len(rows) + 1, args.epochs + 1):
+        start = time.time()
+        torch.manual_seed(10_000 * args.seed + epoch)
+        images = shift_some(train, 0.5 - 0.5 * (epoch - 1) / args.epochs)[torch.randperm(len(train))]  # fewer and fewer
+        loaders = images.split(args.batch_size), val.split(1000)
+        train_elbo, val_elbo = run_epoch(model, loaders, optimizer, schedule, averaged)
+        if not math.isfinite(train_elbo + val_elbo):
+            raise FloatingPointError(f"the loss in epoch {epoch} is not finite: start anew with --lr below {args.lr:g}")
+        seconds = time.time() - start
+        rows.append({"epoch": epoch, "train_elbo": train_elbo, "val_elbo": val_elbo, "seconds": seconds,
+                     "images_per_s": len(train) / seconds, "learning_rate": schedule.get_last_lr()[0]})
+        print("  ".join(f"{name} {value:<8.5g}" for name, value in rows[-1].items()))
+        if epoch == (args.epochs + 1) // 2:
+            save_samples(averaged, out_dir / "samples_half.png")
+        weights = {"format": FORMAT, "zdim": args.zdim, "averaged": averaged.state_dict()}
+        if val_elbo == max(row["val_elbo"] for row in rows):
+            save(weights, out_dir / "best.pt")
+        (out_dir / "results.json").unlink(missing_ok=True)  # those of an earlier run
+        parts = {name: part.state_dict() for name, part in state.items()}
+        save({**weights, **parts, "rows": rows, "settings": settings}, out_dir / "checkpoint.pt")
+        np.savetxt(out_dir / "metrics.csv", [[*r.values()] for r in rows], "%.8g", ",", header=",".join(rows[0]), comments="")
 
-    def on_step():
-        schedule.step()
-        n = schedule.last_epoch  # updates so far
-        decay = min(EMA_DECAY, (1 + n) / (10 + n))  # less at first, to forget the untrained weights
-        with torch.no_grad():
-            torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
-        bar.update()
-        if n % 50 == 0 or n % n_batches == 0 or signals:
-            elbo = -float(losses[-1][0])
-            check_finite(elbo + sum(p.detach().sum() for p in model.parameters()), len(rows) + 1, args.lr)
-            bar.set_postfix_str(f"ELBO {elbo:.1f}")
-        if signals:
-            sys.exit(128 + signals[0])
-
-    print(f"{data.name}{note}, binarization: {data.binarization}; {len(train)} training images\n"
-          f"VAE{note} with z_dim {args.zdim}, {n_parameters / 1e6:.2f}M parameters, on {device}; output in {out_dir}\n"
-          f"epoch  train ELBO    val ELBO  seconds  images/s  learning rate")
-    bar = tqdm(total=args.epochs * n_batches, initial=schedule.last_epoch, unit="batch", disable=None)  # tty only
-    on_signals(lambda number, frame: signals.append(number))  # on_step looks, when a batch is done
-    try:
-        for epoch in range(len(rows) + 1, args.epochs + 1):
-            start = time.time() - seconds
-            rng = torch.Generator().manual_seed(args.seed + 1_000_003 * epoch)  # so a resumed epoch is the same
-            order = torch.randperm(len(train), generator=rng).to(device)
-            images = shift_some(train, 0.5 - 0.5 * (epoch - 1) / args.epochs, rng)  # fewer and fewer
-            loaders = images[order].split(args.batch_size)[len(losses):], val.split(1000)
-            train_elbo, val_elbo = run_epoch(model, loaders, optimizer, averaged, on_step, losses)
-            check_finite(train_elbo + val_elbo, epoch, args.lr)
-            seconds = time.time() - start
-            rows.append({"epoch": epoch, "train_elbo": train_elbo, "val_elbo": val_elbo, "seconds": seconds,
-                         "images_per_s": len(train) / seconds, "learning_rate": schedule.get_last_lr()[0]})
-            tqdm.write("{:5d}  {:10.2f}  {:10.2f}  {:7.1f}  {:8.0f}  {:13.2e}".format(*rows[-1].values()) + note)
-            if best is None or val_elbo > best["val_elbo"]:
-                best = {"epoch": epoch, "val_elbo": val_elbo, "model": copy.deepcopy(averaged.state_dict())}
-            if epoch == (args.epochs + 1) // 2:
-                save_samples(averaged, out_dir / "samples_half.png", f"Samples after epoch {epoch}{note}")
-            losses, seconds = [], 0.0
-            save()
-        bar.close()
-        on_signals()  # from here on they end the program at once: the training is saved
-        if signals:
-            sys.exit(128 + signals[0])
-
-        averaged.load_state_dict(best["model"])
-        torch.manual_seed(args.seed)  # so that an interrupted run ends with the same results
-        scores = evaluate(averaged, test, args.iw_samples)
-        save_elbo_plot([row["train_elbo"] for row in rows], [row["val_elbo"] for row in rows], out_dir / "elbo.png",
-                       f", {args.zdim} latent dimensions{note}")
-        save_samples(averaged, out_dir / "samples_end.png", f"Samples after training{note}")
-        save_reconstructions(averaged, val[::len(val) // 50][:50], out_dir / "reconstructions.png", note)
-        if args.zdim == 2:
-            save_manifold(averaged, out_dir / "manifold.png", note)
-    except SystemExit:  # from a signal
-        if len(rows) < args.epochs:
-            seconds = time.time() - start
-            save()
-        say_how_to_resume(args, out_dir)
-        raise
-    finally:
-        bar.close()
-
-    seconds = sum(row["seconds"] for row in rows)
-    write_results(out_dir, SCRIPT, args, data, {
-        "binarization": data.binarization, "parameters": n_parameters, "train_seconds": seconds,
-        "images_per_s": len(train) * len(rows) / seconds, "wall_seconds": time.time() - wall_start,
-        "best_epoch": best["epoch"], "val_elbo": best["val_elbo"], **scores})
-    log_px = f"; log p(x) >= {scores['test_log_px']:.2f} (k = {args.iw_samples})" if args.iw_samples else ""
-    print(f"test, nats per image{note}: ELBO {scores['test_elbo']:.2f} = "
-          f"log p(x|z) {scores['test_log_p_x_given_z']:.2f} - KL {scores['test_kl']:.2f}{log_px}; "
-          f"weights of epoch {best['epoch']}")
-
-
-def save_sample_files(args):
-    """--sample: N images of a trained model, uint8 [N, 28, 28], in samples.npz, and the first 100 in samples.png."""
-    model, generator = load_model(args.resume, args.device), torch.Generator().manual_seed(args.seed)
-    parts = [[(255 * x).round().byte().cpu() for x in model.sample(min(1000, args.sample - i), generator)]
-             for i in range(0, args.sample, 1000)]
-    samples, means = (torch.cat(part) for part in zip(*parts))  # [N, 784]
-    write_atomic(args.out_dir / "samples.npz", lambda file: np.savez_compressed(
-        file, samples=samples.view(-1, 28, 28).numpy(), means=means.view(-1, 28, 28).numpy()))
-    save_images({"Bernoulli draws": samples[:100] / 255, "means": means[:100] / 255}, args.out_dir / "samples.png",
-                f"Samples{label(args.dataset)}", columns=min(10, args.sample))
-
-
-def main(argv=None):
-    with one_line_errors(SCRIPT):
-        args, checkpoint = parse_flags(argv, SCRIPT, __doc__, FLAGS, run_name, make_modules)
-        if args.sample:
-            save_sample_files(args)
-        else:
-            run(args, checkpoint)
+    torch.manual_seed(10_000 * args.seed + args.epochs + 1)
+    best_row = max(rows, key=lambda row: row["val_elbo"])
+    best = load_model(out_dir / "best.pt", args.device)
+    scores = evaluate(best, test, IW_SAMPLES)
+    save_elbo_plot([row["train_elbo"] for row in rows], [row["val_elbo"] for row in rows], out_dir / "elbo.pdf",
+                   untrained_elbo)
+    save_samples(best, out_dir / "samples_end.png")
+    if args.zdim == 2:
+        save_manifold(best, out_dir / "manifold.png")
+    save(load(out_dir / "best.pt"), out_dir / "weights.pt")
+    peak_memory_mb, seconds = None, sum(row["seconds"] for row in rows)
+    if sys.platform != "win32":  # Windows has no such module
+        import resource
+        peak_memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 ** (1 + (sys.platform == "darwin"))
+    results = {**settings, "dataset_md5": data.md5, "binarization": data.binarization, "device": args.device,
+               "parameters": n_parameters, "train_seconds": seconds, "images_per_s": len(train) * len(rows) / seconds,
+               "peak_memory_mb": peak_memory_mb, "untrained_elbo": untrained_elbo, "best_epoch": best_row["epoch"],
+               "val_elbo": best_row["val_elbo"], **scores, "iw_samples": IW_SAMPLES}
+    (out_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(f"test ELBO {scores['test_elbo']:.2f}, log p(x) >= {scores['test_log_px']:.2f} nats per image")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # so that a log file can be followed
-    main()
+    arguments = parse_args()
+    try:
+        write_samples(arguments) if arguments.sample else main(arguments)
+    except KeyboardInterrupt:
+        print(f"interrupted; to go on, add to the command: --resume --out_dir {run_dir(arguments)}", file=sys.stderr)
+        sys.exit(130)
+    except (DataError, FloatingPointError, OSError) as error:
+        sys.exit(f"{Path(__file__).name}: error: {error}")
