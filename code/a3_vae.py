@@ -37,14 +37,12 @@ FORMAT = "a3_vae 2"  # of the checkpoints: a file of another script or version i
 # ----------------------------------------------------------------------------------------------------------- model
 class Residual(nn.Sequential):
     """x + f(x), where f consists of the given layers."""
-
     def forward(self, x):
         return x + super().forward(x)
 
 
 class Encoder(nn.Module):
     """q(z|x) = N(mean(x), diag(std(x)^2)), hand-out equation 13."""
-
     def __init__(self, hidden_dim=500, z_dim=20):
         super().__init__()
         self.net = nn.Sequential(
@@ -63,7 +61,6 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """p(x|z) = prod_m Bernoulli(x_m | f(z)_m), hand-out equation 4."""
-
     def __init__(self, hidden_dim=500, z_dim=20):
         super().__init__()
         self.logits = nn.Sequential(  # z [B, z_dim] -> log f(z) / (1 - f(z)), [B, 784]
@@ -225,7 +222,7 @@ def save(content, path):
     os.replace(f"{path}.tmp", path)
 
 
-def load(path):
+def load_checkpoint(path):
     """The content of a checkpoint.pt, best.pt or weights.pt of this script. Raises OSError for any other file."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)  # so that a file cannot run code
@@ -233,12 +230,12 @@ def load(path):
             return content
     except Exception:  # torch raises a dozen kinds
         pass
-    raise OSError(f"{path} is missing, damaged or not of {FORMAT}: train first, or name another folder with --out_dir")
+    raise OSError(f"{path} is missing, damaged or not of {FORMAT}: train first, or see --out_dir")
 
 
 def load_model(checkpoint, device="cpu"):
     """The trained VAE (averaged weights) in eval mode, from a run's checkpoint.pt, best.pt or weights.pt."""
-    content = load(checkpoint)
+    content = load_checkpoint(checkpoint)
     model = VAE(z_dim=content["zdim"])
     model.load_state_dict(content["averaged"])
     return model.to(device).eval()
@@ -292,7 +289,7 @@ def write_samples(args):
 
 
 def main(args):
-    checkpoint = load(run_dir(args) / "checkpoint.pt") if args.resume else None
+    checkpoint = load_checkpoint(run_dir(args) / "checkpoint.pt") if args.resume else None
     vars(args).update(checkpoint["settings"] if checkpoint else {})
     data = load_binarized(args.dataset, args.data_dir)
     args.dataset = data.name  # no longer auto
@@ -346,7 +343,8 @@ def main(args):
         (out_dir / "results.json").unlink(missing_ok=True)  # those of an earlier run
         parts = {name: part.state_dict() for name, part in state.items()}
         save({**weights, **parts, "rows": rows, "settings": settings}, out_dir / "checkpoint.pt")
-        np.savetxt(out_dir / "metrics.csv", [[*r.values()] for r in rows], "%.8g", ",", header=",".join(rows[0]), comments="")
+        np.savetxt(out_dir / "metrics.csv", [[*row.values()] for row in rows], "%.8g", ",",
+                   header=",".join(rows[0]), comments="")
 
     torch.manual_seed(10_000 * args.seed + args.epochs + 1)
     best_row = max(rows, key=lambda row: row["val_elbo"])
@@ -357,7 +355,7 @@ def main(args):
     save_samples(best, out_dir / "samples_end.png")
     if args.zdim == 2:
         save_manifold(best, out_dir / "manifold.png")
-    save(load(out_dir / "best.pt"), out_dir / "weights.pt")
+    save(load_checkpoint(out_dir / "best.pt"), out_dir / "weights.pt")
     peak_memory_mb, seconds = None, sum(row["seconds"] for row in rows)
     if sys.platform != "win32":  # Windows has no such module
         import resource
