@@ -184,7 +184,7 @@ def classify(classifier, pixels):
 def frechet_distance(a, b):
     """|mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of features a, b [N, d] with covariances S_a, S_b.
 
-    Heusel et al. (2017), equation 6. S_a S_b has real eigenvalues >= 0: the trace of its root is the sum of their roots.
+    Heusel et al. (2017), equation 6. The eigenvalues of S_a S_b are real and >= 0, so its root has their roots.
     """
     a, b = a.double().numpy(), b.double().numpy()
     S_a, S_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
@@ -314,7 +314,8 @@ def parse_args(argv=None):
     add("--latent_dim", type=int, default=100, help="dimensions of the noise z (default: %(default)s)")
     add("--epochs", "--n_epochs", type=int, default=200, help="passes over the training images (default: %(default)s)")
     add("--batch_size", type=int, default=64, help="images per update (default: %(default)s)")
-    add("--lr", type=float, default=2e-3, help="the generator's learning rate, 4 x the discriminator's (default: %(default)s)")
+    add("--lr", type=float, default=2e-3, help="learning rate of the generator; the discriminator's is a quarter of it "
+        "(default: %(default)s)")
     add("--seed", type=int, default=42, help="of weights, order of images, and noise (default: %(default)s)")
     add("--device", help="cpu, cuda or mps (default: %(default)s)", default="cuda" if torch.cuda.is_available() else
         "mps" if torch.backends.mps.is_available() else "cpu")
@@ -341,7 +342,7 @@ def parse_args(argv=None):
 
 def run_dir(args):
     """The folder of the run. Glyphs have one of their own, so that they never replace figures of MNIST."""
-    return args.out_dir or FIGURES / f"gan{'_glyphs' if args.dataset == 'glyphs' else ''}"
+    return args.out_dir or FIGURES / f"gan{'_glyphs' * (args.dataset == 'glyphs')}"
 
 
 def write_samples(args):

@@ -275,7 +275,7 @@ def parse_args(argv=None):
 
 def run_dir(args):
     """The folder of the run. Glyphs have one of their own, so that they never replace figures of MNIST."""
-    return args.out_dir or FIGURES / f"vae_z{args.zdim}{'_glyphs' if args.dataset == 'glyphs' else ''}"
+    return args.out_dir or FIGURES / f"vae_z{args.zdim}{'_glyphs' * (args.dataset == 'glyphs')}"
 
 
 def write_samples(args):
