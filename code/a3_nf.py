@@ -72,8 +72,8 @@ def pixel_tables(mask):
     side = math.isqrt(mask.numel())
     for n in range(2, side):
         if side % n == 0:
-            table = torch.arange(side ** 2, device=mask.device)
-            values, pixels = (F.pixel_unshuffle(x.view(1, side, side), n) for x in (mask, table))  # [n * n, H, W]
+            images = mask.view(1, side, side), torch.arange(side ** 2).view(1, side, side)
+            values, pixels = (F.pixel_unshuffle(image, n) for image in images)  # [n * n, H, W]
             if (values == values[:, :1, :1]).all():
                 return pixels[values[:, 0, 0] == 1], pixels[values[:, 0, 0] == 0]
     return (mask[0] == 1).nonzero().flatten(), (mask[0] == 0).nonzero().flatten()
@@ -93,14 +93,13 @@ class Coupling(nn.Module):
     """
     def __init__(self, c_in, mask, n_hidden=64, n_parameters=2, features=lambda z: z, n_features=1):
         super().__init__()
-        assert mask.shape == (1, c_in)
         seen, changed = pixel_tables(mask)
-        self.register_buffer("seen", seen, persistent=False)        # [c, H, W] or [c]
+        self.register_buffer("seen", seen, persistent=False)  # [c, H, W] or [c]
         self.register_buffer("changed", changed, persistent=False)
-        self.features, self.n_parameters = features, n_parameters   # the latter of each changed pixel
-        spatial, pointwise = nn.Linear, nn.Linear
-        if seen.dim() == 3:  # an image
-            spatial, pointwise = partial(nn.Conv2d, kernel_size=3, padding=1), partial(nn.Conv2d, kernel_size=1)
+        self.features, self.n_parameters = features, n_parameters  # the latter of each changed pixel
+        spatial, pointwise = partial(nn.Conv2d, kernel_size=3, padding=1), partial(nn.Conv2d, kernel_size=1)
+        if seen.dim() == 1:  # a list of pixels, not an image
+            spatial, pointwise = nn.Linear, nn.Linear
         self.net = nn.Sequential(
             spatial(n_features * len(seen), n_hidden),
             Residual(nn.SiLU(), spatial(n_hidden, n_hidden), nn.SiLU(), pointwise(n_hidden, n_hidden)), nn.SiLU(),
@@ -423,8 +422,8 @@ def write_samples(args):
     """--sample: N samples, uint8 [N, 28, 28], in samples.npz, and the first of them in samples.png."""
     model = load_model(run_dir(args) / "weights.pt", args.device)
     torch.manual_seed(args.seed)
-    n = args.sample
-    samples = torch.cat([model.sample(min(1000, n - i)).byte().cpu() for i in range(0, n, 1000)]).view(-1, 28, 28)
+    sizes = [len(part) for part in torch.arange(args.sample).split(1000)]  # as much as fits memory
+    samples = torch.cat([model.sample(n).byte().cpu() for n in sizes]).view(-1, 28, 28)
     np.savez_compressed(run_dir(args) / "samples.npz", samples=samples)
     save_grid(samples[:100] / 255, run_dir(args) / "samples.png", nrow=10)
     print(f"{args.sample} samples are in {run_dir(args)}")
