@@ -21,13 +21,13 @@ RUNS = {  # prefix of the macros: folder, and the command that fills it
     "nf": ("nf", "python a3_nf.py"),
 }
 SEEDS = {"vae": "test_elbo", "gan": "fid", "nf": "test_bpd"}  # also with --seed 1 and 2, in vae_z20_seed1 and so on
-DIGITS = dict(zip("0123456789", "Zero One Two Three Four Five Six Seven Eight Nine".split()))
+DIGITS = ["Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine"]
 
 
 def macro_name(prefix, key):
     """vae, test_log_px -> vaeTestLogPx; LaTeX's names have no digits, so 85 becomes EightFive."""
     name = "".join(word[:1].upper() + word[1:] for word in key.split("_"))
-    return prefix + re.sub(r"\d", lambda digit: DIGITS[digit[0]], name)
+    return prefix + re.sub(r"\d", lambda digit: DIGITS[int(digit[0])], name)
 
 
 def text(key, value):
@@ -62,7 +62,7 @@ def read(folder, command):
 def main():
     for prefix, (folder, command) in RUNS.items():
         results, last = read(folder, command)
-        values = {**results.pop("flags"), **results, **{f"last_{key}": float(x) for key, x in last.items() if x}}
+        values = {**results.pop("flags", {}), **results, **{f"last_{key}": float(x) for key, x in last.items() if x}}
         values["train_minutes"] = round(values["train_seconds"] / 60)
         values["epoch_seconds"] = round(values["train_seconds"] / values["epochs"])
         values["million_parameters"] = values["parameters"] / 1e6
