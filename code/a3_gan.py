@@ -31,7 +31,7 @@ from tqdm import tqdm
 from datasets import DATA_DIR, DataError, load
 
 EMA_DECAY = 0.9999  # of the averaged generator, per update
-R1_GAMMA, R1_EVERY = 3.0, 16  # gradient penalty, without which D memorises the images: weight, every so many batches
+R1_GAMMA, R1_EVERY = 3.0, 16  # weight of the gradient penalty, and every how many batches it is applied
 FID_EVERY = 5  # epochs between measurements of the Fréchet distance
 FIGURES = Path(__file__).resolve().parents[1] / "report" / "figures"
 FORMAT = "a3_gan 2"  # of the checkpoints: a file of another script or version is not loaded
@@ -82,6 +82,7 @@ def generator_loss(fake_scores):
 
 def gradient_penalty(discriminator, images):
     """E |d score / d x|^2 over real images, a scalar: R1 of Mescheder et al. (2018), without its factor gamma / 2."""
+    # without it the discriminator memorises the training images, and the samples get worse again
     images = images.detach().requires_grad_()
     gradient, = torch.autograd.grad(discriminator(images).sum(), images, create_graph=True)  # [B, 1, 28, 28]
     return gradient.square().sum((1, 2, 3)).mean()  # over pixels, over the batch
@@ -155,7 +156,7 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D, schedu
 
 
 def train_classifier(images, labels, epochs=5, batch_size=128):
-    """A LeNet-5 (LeCun et al. 1998) for pixels uint8 [N, 784], always of the same seed. It only measures samples."""
+    """A LeNet-5 (LeCun et al. 1998) of pixels uint8 [N, 784], from the same seed in every run. It measures samples."""
     torch.manual_seed(0)
     classifier = nn.Sequential(
         nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2),   # [B, 6, 12, 12]
@@ -210,7 +211,6 @@ def nearest_distance(pixels, train_pixels):
     return torch.cat([torch.cdist(batch / 255, train_images).min(dim=1).values for batch in pixels.float().split(250)])
 
 
-
 def score(pixels, classifier, train_images, test_images):
     """Measure samples, uint8 [N, 784], by the features and the probabilities of the classifier, against test images.
 
@@ -263,13 +263,13 @@ def save_samples(generator, filename):
 
 
 def save_interpolation(generator, classifier, filename):
-    """Nine images on the way from one sample to another, of a different digit (question 2.7).
+    """Nine images on the way between two samples of different digits (question 2.7).
 
-    Of 1000 samples it takes ten, each surely of another digit by the classifier, and of the paths between these the one
-    that changes most evenly. Returns the two digits and the classifier's probabilities of them.
+    The ten surest samples, one of each digit, are found among 1000; of the paths between them, the one that changes most
+    evenly is drawn. Returns the two digits, and how probable the classifier holds them.
     """
     z = noise(1000, generator.latent_dim, seed=2)
-    probabilities = classify(classifier, generate(generator, z))[1].numpy()               # [1000, 10]
+    probabilities = classify(classifier, generate(generator, z))[1].numpy()             # [1000, 10]
     samples, digits = linear_sum_assignment(probabilities, maximize=True)               # [10] each
     pairs = list(itertools.combinations(range(10), 2))
     paths = [generate(generator, slerp(z[samples[i]], z[samples[j]])) for i, j in pairs]  # [9, 784] each
@@ -364,7 +364,6 @@ def main(args):
         args.epochs, args.out_dir = min(args.epochs, 2), args.out_dir or Path(tempfile.mkdtemp(prefix="a3_gan_"))
         train_images, train_labels = train_images[:3 * args.batch_size], train_labels[:3 * args.batch_size]
         val_images, test_images, test_labels = val_images[:200], test_images[:200], test_labels[:200]
-    classifier = train_classifier(train_images, train_labels)
     settings = {k: v for k, v in vars(args).items() if k not in ("device", "data_dir", "out_dir", "resume", "sample")}
     out_dir = args.out_dir = run_dir(args)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -380,7 +379,7 @@ def main(args):
     schedule_G, schedule_D = (torch.optim.lr_scheduler.LambdaLR(  # constant, and from halfway on linearly to zero
         optimizer, lambda n: min(1, 2 - 2 * n / (args.epochs * n_batches))) for optimizer in (optimizer_G, optimizer_D))
     n_parameters = [sum(p.numel() for p in model.parameters()) for model in (generator, discriminator)]
-    print(f"{data.name}, {n_parameters[0]:,} + {n_parameters[1]:,} parameters, {args.device}; writing to {out_dir}")
+    print(f"{data.name}, {n_parameters[0]:,} + {n_parameters[1]:,} parameters, {args.device}; first a classifier; output: {out_dir}")
     state = {"generator": generator, "discriminator": discriminator, "averaged": averaged, "optimizer_G": optimizer_G,
              "optimizer_D": optimizer_D, "schedule_G": schedule_G, "schedule_D": schedule_D}
     rows = checkpoint["rows"] if checkpoint else []
@@ -393,6 +392,7 @@ def main(args):
                 os.replace(out_dir / f"{name}.pt", out_dir / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.pt")
             print(f"{out_dir} has an unfinished run: its checkpoints are renamed, not replaced", file=sys.stderr)
         save_samples(averaged, out_dir / "samples_start.png")
+    classifier = train_classifier(train_images, train_labels)
     z, val_features = noise(len(val_images), args.latent_dim, seed=0), classify(classifier, val_images)[0]
     val_floor = frechet_distance(classify(classifier, train_images[:len(z)])[0], val_features)
 
