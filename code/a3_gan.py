@@ -265,8 +265,8 @@ def save_samples(generator, filename):
 def save_interpolation(generator, classifier, filename):
     """Nine images on the way between two samples of different digits (question 2.7).
 
-    The ten surest samples, one of each digit, are found among 1000; of the paths between them, the one that changes most
-    evenly is drawn. Returns the two digits, and how probable the classifier holds them.
+    Of 1000 samples we take the surest one of each digit, and of the paths between these the one that changes most
+    evenly. Returns its two digits, and their probabilities by the classifier.
     """
     z = noise(1000, generator.latent_dim, seed=2)
     probabilities = classify(classifier, generate(generator, z))[1].numpy()             # [1000, 10]
@@ -379,7 +379,7 @@ def main(args):
     schedule_G, schedule_D = (torch.optim.lr_scheduler.LambdaLR(  # constant, and from halfway on linearly to zero
         optimizer, lambda n: min(1, 2 - 2 * n / (args.epochs * n_batches))) for optimizer in (optimizer_G, optimizer_D))
     n_parameters = [sum(p.numel() for p in model.parameters()) for model in (generator, discriminator)]
-    print(f"{data.name}, {n_parameters[0]:,} + {n_parameters[1]:,} parameters, {args.device}; first a classifier; output: {out_dir}")
+    print(f"{data.name}, {n_parameters} parameters, {args.device}; output: {out_dir}; first training a classifier")
     state = {"generator": generator, "discriminator": discriminator, "averaged": averaged, "optimizer_G": optimizer_G,
              "optimizer_D": optimizer_D, "schedule_G": schedule_G, "schedule_D": schedule_D}
     rows = checkpoint["rows"] if checkpoint else []
