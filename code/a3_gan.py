@@ -1,7 +1,7 @@
 """Generative adversarial network on MNIST (hand-out questions 2.5 to 2.7).
 
     python a3_gan.py --n_epochs 200                     # figures and results in report/figures/gan
-    python a3_gan.py --n_epochs 20 --out_dir gan20      # in a tenth of the time, nearly as good
+    python a3_gan.py --n_epochs 20 --out_dir gan20      # a tenth of the time, nearly as good
 
 Expect a Fréchet distance to the test images of 1.0 to 1.2 (training images: 0.7), after 42 minutes on two cores of an
 EPYC. Sources: Goodfellow et al. (2014), Generative Adversarial Nets; Mescheder et al. (2018) for the gradient penalty;
@@ -31,10 +31,10 @@ from tqdm import tqdm
 from datasets import DATA_DIR, DataError, load
 
 EMA_DECAY = 0.9999  # of the averaged generator, per update
-R1_GAMMA, R1_EVERY = 3.0, 16  # weight of the gradient penalty, and every how many batches it is applied
-FID_EVERY = 5  # epochs between measurements of the Fréchet distance
+R1_GAMMA, R1_EVERY = 3.0, 16  # weight of the gradient penalty; it is computed on every 16th batch only
+FID_EVERY = 5  # epochs between measurements of the Fréchet distance, besides the first and the last
 FIGURES = Path(__file__).resolve().parents[1] / "report" / "figures"
-FORMAT = "a3_gan 2"  # of the checkpoints: a file of another script or version is not loaded
+FORMAT = "a3_gan 2"  # of checkpoints; files of another script or version are rejected
 
 
 # ----------------------------------------------------------------------------------------------------------- model
@@ -46,7 +46,7 @@ class Generator(nn.Module):
             nn.Linear(latent_dim, 256, bias=False), nn.BatchNorm1d(256), nn.ReLU(),
             nn.Linear(256, 64 * 7 * 7, bias=False), nn.BatchNorm1d(64 * 7 * 7), nn.ReLU(),
             nn.Unflatten(1, (64, 7, 7)),
-            # PixelShuffle turns four channels of a pixel into a 2x2 block of pixels
+            # PixelShuffle(2) rearranges [4 C, H, W] to [C, 2 H, 2 W]
             nn.Conv2d(64, 4 * 16, 3, padding=1, bias=False), nn.PixelShuffle(2),  # [B, 16, 14, 14]
             nn.BatchNorm2d(16), nn.ReLU(),
             nn.Conv2d(16, 4, 3, padding=1), nn.PixelShuffle(2), nn.Tanh())        # [B, 1, 28, 28]
@@ -71,18 +71,18 @@ class Discriminator(nn.Module):
 
 
 def discriminator_loss(real_scores, fake_scores):
-    """-E log D(x) - E log(1 - D(G(z))), minus equation 15: scores [B, 1] each -> a scalar, log 4 at the equilibrium."""
+    """-E log D(x) - E log(1 - D(G(z))) = -V of equation 15: scores [B, 1] each -> a scalar, log 4 at equilibrium."""
     return F.softplus(-real_scores).mean() + F.softplus(fake_scores).mean()  # -log sigmoid(s) = softplus(-s)
 
 
 def generator_loss(fake_scores):
-    """-E log D(G(z)), the non-saturating loss (question 2.4): scores [B, 1] -> a scalar, log 2 at the equilibrium."""
+    """-E log D(G(z)), the non-saturating loss (question 2.4): scores [B, 1] -> a scalar, log 2 at equilibrium."""
     return F.softplus(-fake_scores).mean()
 
 
 def gradient_penalty(discriminator, images):
     """E |d score / d x|^2 over real images, a scalar: R1 of Mescheder et al. (2018), without its factor gamma / 2."""
-    # without it the discriminator memorises the training images, and the samples get worse again
+    # without the penalty D memorises the training images, and late in training the samples get worse
     images = images.detach().requires_grad_()
     gradient, = torch.autograd.grad(discriminator(images).sum(), images, create_graph=True)  # [B, 1, 28, 28]
     return gradient.square().sum((1, 2, 3)).mean()  # over pixels, over the batch
@@ -95,7 +95,7 @@ def to_images(pixels):
 
 @torch.no_grad()
 def generate(generator, z):
-    """Noise z [N, latent_dim] -> pixels uint8 [N, 784], both on the CPU, by a generator in eval mode on any device."""
+    """Noise z [N, latent_dim] -> pixels uint8 [N, 784], both on the CPU. The generator must be in eval mode."""
     device = next(generator.parameters()).device
     images = (generator(batch.to(device)) for batch in z.split(1000))  # [1000, 1, 28, 28]
     return torch.cat([(127.5 * (x + 1)).round().byte().flatten(1).cpu() for x in images])
@@ -110,29 +110,29 @@ def noise(n, latent_dim, seed):
 @torch.no_grad()
 def update_average(averaged, model, n_updates):
     """Move the averaged weights a little towards the model's: an exponential moving average."""
-    decay = min(EMA_DECAY, (1 + n_updates) / (10 + n_updates))  # smaller at first, to forget the untrained weights
+    decay = min(EMA_DECAY, (1 + n_updates) / (10 + n_updates))  # smaller at first, to forget the initial weights
     tensors = [[*m.parameters(), *filter(torch.is_floating_point, m.buffers())] for m in (averaged, model)]
-    torch._foreach_lerp_(*tensors, 1 - decay)  # the buffers are the means and variances of batch norm
+    torch._foreach_lerp_(*tensors, 1 - decay)  # the buffers are the running means and variances of batch norm
 
 
 def train(dataloader, discriminator, generator, optimizer_G, optimizer_D, schedules=(), averaged=None, save_interval=0,
           out_dir=None):
     """One epoch: for each batch an update of the discriminator, then one of the generator.
 
-    `dataloader` is any iterable of batches of images [B, 1, 28, 28] in [-1, 1], alone or with labels, which are not
-    used. Returns the average losses of discriminator (without the gradient penalty) and generator, nats.
+    `dataloader` is any iterable of batches of images [B, 1, 28, 28] in [-1, 1], with or without labels, which are
+    ignored. Returns the mean losses of the discriminator (without the gradient penalty) and the generator, nats.
     """
     device = next(generator.parameters()).device
     generator.train()
     total, n_images = 0, 0
-    for step, batch in enumerate(tqdm(dataloader, leave=False, disable=None)):  # disable=None: no bar in a log file
+    for step, batch in enumerate(dataloader):
         images = (batch[0] if isinstance(batch, (list, tuple)) else batch).to(device)
         fake = generator(torch.randn(len(images), generator.latent_dim, device=device))
         discriminator.requires_grad_(True)
         real_scores, fake_scores = discriminator(torch.cat([images, fake.detach()])).chunk(2)
         loss_D = discriminator_loss(real_scores, fake_scores)
         penalty = 0
-        if step % R1_EVERY == 0:  # rarely, with as much more weight, to save time (Karras et al. 2020)
+        if step % R1_EVERY == 0:  # lazy regularization: rarely, but with more weight (Karras et al. 2020)
             penalty = R1_GAMMA / 2 * R1_EVERY * gradient_penalty(discriminator, images)
         optimizer_D.zero_grad()
         (loss_D + penalty).backward()
@@ -145,18 +145,18 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D, schedu
         for schedule in schedules:
             schedule.step()
         if averaged is not None:
-            n_updates = schedules[0].last_epoch
+            n_updates = schedules[0].last_epoch  # it is stepped once per batch
             update_average(averaged, generator, n_updates)
             if save_interval and n_updates % save_interval == 0:
                 (out_dir / "progress").mkdir(exist_ok=True)
                 save_samples(averaged, out_dir / "progress" / f"batch_{n_updates:07d}.png")
-        total += torch.stack([loss_D, loss_G]).detach() * len(images)  # no .item(): a GPU need not wait for the CPU
+        total += torch.stack([loss_D, loss_G]).detach() * len(images)  # .item() would make the CPU wait for the GPU
         n_images += len(images)
     return (total / n_images).tolist()
 
 
 def train_classifier(images, labels, epochs=5, batch_size=128):
-    """A LeNet-5 (LeCun et al. 1998) of pixels uint8 [N, 784], from the same seed in every run. It measures samples."""
+    """A LeNet-5 (LeCun et al. 1998) with the same seed in every run, whose features are used to evaluate samples."""
     torch.manual_seed(0)
     classifier = nn.Sequential(
         nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2),   # [B, 6, 12, 12]
@@ -177,7 +177,7 @@ def train_classifier(images, labels, epochs=5, batch_size=128):
 
 @torch.no_grad()
 def classify(classifier, pixels):
-    """Pixels uint8 [N, 784] -> features [N, 84], from the layer before the last, and probabilities [N, 10]."""
+    """Pixels uint8 [N, 784] -> features [N, 84], of the penultimate layer, and probabilities [N, 10]."""
     features = torch.cat([classifier[:-1](to_images(batch)) for batch in pixels.split(1000)])
     return features, classifier[-1](features).softmax(1)
 
@@ -185,7 +185,7 @@ def classify(classifier, pixels):
 def frechet_distance(a, b):
     """|mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of features a, b [N, d] with covariances S_a, S_b.
 
-    Heusel et al. (2017), equation 6. The eigenvalues of S_a S_b are real and >= 0, so its root has their roots.
+    Heusel et al. (2017), equation 6. The trace of the root is the sum of the roots of the eigenvalues of S_a S_b.
     """
     a, b = a.double().numpy(), b.double().numpy()
     S_a, S_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
@@ -194,27 +194,27 @@ def frechet_distance(a, b):
 
 
 def coverage(real, fake, k=5):
-    """Share of the real features [N, d] with a fake one nearer than their k-th nearest real neighbour.
+    """Share of the real features [N, d] that have a fake one closer than their k-th nearest real neighbour.
 
-    Naeem et al. (2020). It is 1 - 2^-k on average for as many samples of the same distribution.
+    Naeem et al. (2020). Its expectation is 1 - 2^-k for equally many fakes from the same distribution.
     """
     covered = 0
     for batch in real.split(1000):
-        radius = torch.cdist(batch, real).kthvalue(k + 1, dim=1).values  # the nearest one is itself
+        radius = torch.cdist(batch, real).kthvalue(k + 1, dim=1).values  # + 1: each is its own nearest one
         covered += (torch.cdist(batch, fake).min(dim=1).values < radius).sum().item()
     return covered / len(real)
 
 
 def nearest_distance(pixels, train_pixels):
-    """Distance of each image [N, 784] to the nearest training image, [N]: root of the summed squares, white is 1."""
+    """Distance of each image [N, 784] to the nearest training image, [N]: Euclidean, with pixels in [0, 1]."""
     train_images = train_pixels.float() / 255
     return torch.cat([torch.cdist(batch / 255, train_images).min(dim=1).values for batch in pixels.float().split(250)])
 
 
 def score(pixels, classifier, train_images, test_images):
-    """Measure samples, uint8 [N, 784], by the features and the probabilities of the classifier, against test images.
+    """Compare samples, uint8 [N, 784], with the test images by the features and probabilities of the classifier.
 
-    The distance to the nearest training image is the median over every fifth sample: it would be small for copies.
+    The distance to the nearest training image, the median over every fifth sample, would be near zero for copies.
     """
     features, probabilities = classify(classifier, pixels)
     real = classify(classifier, test_images)[0]
@@ -226,7 +226,7 @@ def score(pixels, classifier, train_images, test_images):
 
 
 def slerp(start, end, n=9):
-    """n points [n, d] from start to end by equal angles, about as far from the origin as both are (Shoemake 1985)."""
+    """Spherical interpolation: n points [n, d] from start to end at equal angles (Shoemake 1985)."""
     angle = torch.acos(F.cosine_similarity(start, end, dim=0))
     weight = torch.sin(torch.linspace(0, 1, n) * angle).unsqueeze(1) / torch.sin(angle)  # [n, 1], from 0 to 1
     return weight.flip(0) * start + weight * end
@@ -234,7 +234,7 @@ def slerp(start, end, n=9):
 
 # --------------------------------------------------------------------------------------------------------- figures
 def save_curves(rows, filename, fid_floor):
-    """Losses of each epoch with their values at the equilibrium, and the Fréchet distance to validation images."""
+    """Losses of each epoch with their values at equilibrium, and the Fréchet distance to validation images."""
     figure = Figure(figsize=(6, 2.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for key, name, n in (("loss_D", "discriminator", 4), ("loss_G", "generator", 2)):
@@ -251,7 +251,7 @@ def save_curves(rows, filename, fid_floor):
 
 
 def save_grid(images, filename, nrow):
-    """Write images [N, 784] in [0, 1] as a grid, `nrow` side by side, in black on white, three times enlarged."""
+    """Write images [N, 784] in [0, 1] as a grid, `nrow` in a row, black on white, three times enlarged."""
     images = 1 - images.detach().float().cpu().view(-1, 1, 28, 28)
     images = images.repeat_interleave(3, dim=2).repeat_interleave(3, dim=3)  # [N, 1, 84, 84]
     save_image(images, filename, nrow=nrow, padding=2, pad_value=0.8)
@@ -265,8 +265,8 @@ def save_samples(generator, filename):
 def save_interpolation(generator, classifier, filename):
     """Nine images on the way between two samples of different digits (question 2.7).
 
-    Of 1000 samples we take the surest one of each digit, and of the paths between these the one that changes most
-    evenly. Returns its two digits, and their probabilities by the classifier.
+    Of 1000 samples we take the most confidently classified one of each digit, and of the 45 paths between these the one
+    whose steps are most even. Returns its two digits, and the probabilities that the classifier gives them.
     """
     z = noise(1000, generator.latent_dim, seed=2)
     probabilities = classify(classifier, generate(generator, z))[1].numpy()             # [1000, 10]
@@ -282,7 +282,7 @@ def save_interpolation(generator, classifier, filename):
 
 # ----------------------------------------------------------------------------------------------------- checkpoints
 def save(content, path):
-    """torch.save by way of a temporary file: after an interruption there is the old file or the new one, whole."""
+    """torch.save through a temporary file, so that an interrupted save leaves the old file intact."""
     torch.save(content, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
@@ -293,13 +293,13 @@ def load_checkpoint(path):
         content = torch.load(path, map_location="cpu", weights_only=True)  # so that a file cannot run code
         if content["format"] == FORMAT:
             return content
-    except Exception:  # torch raises a dozen kinds
+    except Exception:  # torch raises exceptions of many types
         pass
-    raise OSError(f"{path} is missing, damaged or not of {FORMAT}: train first, or see --out_dir")
+    raise OSError(f"{path} is missing, damaged or of another version: train first, or give its --out_dir")
 
 
 def load_model(checkpoint, device="cpu"):
-    """The trained generator (averaged weights) in eval mode, from a run's checkpoint.pt, best.pt or weights.pt."""
+    """The trained generator (averaged weights) in eval mode, from checkpoint.pt (last epoch), best.pt or weights.pt."""
     content = load_checkpoint(checkpoint)
     generator = Generator(content["latent_dim"])
     generator.load_state_dict(content["averaged"])
@@ -308,41 +308,40 @@ def load_model(checkpoint, device="cpu"):
 
 # ------------------------------------------------------------------------------------------------------------ main
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(  # without the usage, so that an error is one line
+    parser = argparse.ArgumentParser(  # no usage line, so that an error is a single line
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)
     add = parser.add_argument_group("model and training").add_argument
     add("--latent_dim", type=int, default=100, help="dimensions of the noise z (default: %(default)s)")
     add("--epochs", "--n_epochs", type=int, default=200, help="passes over the training images (default: %(default)s)")
     add("--batch_size", type=int, default=64, help="images per update (default: %(default)s)")
-    add("--lr", type=float, default=2e-3, help="learning rate of the generator; the discriminator's is a quarter of it "
-        "(default: %(default)s)")
-    add("--seed", type=int, default=42, help="of weights, order of images, and noise (default: %(default)s)")
+    add("--lr", type=float, default=2e-3, help="learning rate of G; D has a quarter (default: %(default)s)")
+    add("--seed", type=int, default=42, help="seed of weights, image order and noise (default: %(default)s)")
     add("--device", help="cpu, cuda or mps (default: %(default)s)", default="cuda" if torch.cuda.is_available() else
         "mps" if torch.backends.mps.is_available() else "cpu")
     add = parser.add_argument_group("data and output").add_argument
     add("--dataset", choices=["auto", "mnist", "glyphs"], default="auto",
-        help="auto: MNIST, or if it is not available glyphs, which are digits drawn from fonts (default: %(default)s)")
+        help="auto: MNIST or, if that is not available, glyphs (digits drawn in fonts) (default: %(default)s)")
     add("--data_dir", type=Path, default=DATA_DIR, help="folder of the data (default: %(default)s)")
     add("--out_dir", type=Path, help="folder of the run (default: report/figures/gan)")
-    add("--save_interval", type=int, default=0, help="batches between pictures of samples in progress/; 0 for none")
-    add("--dry_run", action="store_true", help="a few batches of everything, in a temporary folder")
-    add = parser.add_argument_group("instead of a new run").add_argument
-    add("--resume", action="store_true", help="go on with the run in its folder, with the settings it had")
+    add("--save_interval", type=int, default=0, help="draw samples every so many batches (default: never)")
+    add = parser.add_argument_group("instead of a full new run").add_mutually_exclusive_group().add_argument
+    add("--dry_run", action="store_true", help="a few batches of everything, in a temporary folder or in --out_dir")
+    add("--resume", action="store_true", help="continue the run in its folder, with the settings that it has")
     add("--sample", type=int, metavar="N", help="write N samples of the trained model to samples.npz and samples.png")
     args = parser.parse_args(argv)
     for name, low in (("latent_dim", 2), ("epochs", 1), ("batch_size", 2), ("lr", 1e-9), ("seed", 0), ("sample", 1)):
         if getattr(args, name) is not None and not low <= getattr(args, name) < 2 ** 31:
-            parser.error(f"--{name} must be from {low} to {2 ** 31 - 1}")
+            parser.error(f"--{name} must be between {low} and {2 ** 31 - 1}")
     try:
         torch.zeros(1, device=args.device).item()
-    except Exception as error:  # torch raises several kinds
-        parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+    except Exception as error:  # torch raises exceptions of many types
+        parser.error(f"--device {args.device} cannot be used: {str(error).partition(chr(10))[0]}")
     return args
 
 
 def run_dir(args):
-    """The folder of the run. Glyphs have one of their own, so that they never replace figures of MNIST."""
-    return args.out_dir or FIGURES / f"gan{'_glyphs' * (args.dataset == 'glyphs')}"
+    """The folder of the run. Glyphs get one of their own, so that they never overwrite the figures of MNIST."""
+    return args.out_dir or FIGURES / f"gan{'_glyphs' if args.dataset == 'glyphs' else ''}"
 
 
 def write_samples(args):
@@ -356,7 +355,7 @@ def write_samples(args):
 
 def main(args):
     checkpoint = load_checkpoint(run_dir(args) / "checkpoint.pt") if args.resume else None
-    vars(args).update(checkpoint["settings"] if checkpoint else {})
+    vars(args).update({**checkpoint["settings"], "out_dir": run_dir(args)} if checkpoint else {})
     data = load(args.dataset, args.data_dir)
     args.dataset = data.name  # no longer auto
     (train_images, train_labels), (val_images, _), (test_images, test_labels) = data.train, data.val, data.test
@@ -368,15 +367,15 @@ def main(args):
     out_dir = args.out_dir = run_dir(args)
     out_dir.mkdir(parents=True, exist_ok=True)
 
-    # each epoch has a seed of its own, 10,000 * seed + epoch, so that a resumed run needs no saved random state
+    # the random numbers of an epoch are seeded by 10,000 * seed + epoch, so a resumed run needs no saved random state
     torch.manual_seed(10_000 * args.seed)
     train_on_device = train_images.to(args.device)
     generator, discriminator = Generator(args.latent_dim).to(args.device), Discriminator().to(args.device)
     averaged = copy.deepcopy(generator).requires_grad_(False).eval()
     optimizer_G = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.0, 0.99), fused=True)
     optimizer_D = torch.optim.Adam(discriminator.parameters(), args.lr / 4, betas=(0.0, 0.99), fused=True)
-    n_batches = max(1, len(train_images) // args.batch_size)  # a smaller last batch would upset the batch norm
-    schedule_G, schedule_D = (torch.optim.lr_scheduler.LambdaLR(  # constant, and from halfway on linearly to zero
+    n_batches = max(1, len(train_images) // args.batch_size)  # without a smaller last batch, for the batch norm
+    schedule_G, schedule_D = (torch.optim.lr_scheduler.LambdaLR(  # constant for half the run, then linear to zero
         optimizer, lambda n: min(1, 2 - 2 * n / (args.epochs * n_batches))) for optimizer in (optimizer_G, optimizer_D))
     n_parameters = [sum(p.numel() for p in model.parameters()) for model in (generator, discriminator)]
     print(f"{data.name}, {n_parameters} parameters, {args.device}; output: {out_dir}; first training a classifier")
@@ -388,9 +387,10 @@ def main(args):
             part.load_state_dict(checkpoint[name])
     else:
         if (out_dir / "checkpoint.pt").exists() and not (out_dir / "results.json").exists():  # an unfinished run
-            for name in ("best", "checkpoint"):
+            for name in ("checkpoint", "best"):
                 os.replace(out_dir / f"{name}.pt", out_dir / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.pt")
-            print(f"{out_dir} has an unfinished run: its checkpoints are renamed, not replaced", file=sys.stderr)
+            print(f"{out_dir} has an unfinished run: its checkpoints are kept, renamed by date", file=sys.stderr)
+        (out_dir / "checkpoint.pt").unlink(missing_ok=True)  # of a finished run
         save_samples(averaged, out_dir / "samples_start.png")
     classifier = train_classifier(train_images, train_labels)
     z, val_features = noise(len(val_images), args.latent_dim, seed=0), classify(classifier, val_images)[0]
@@ -400,11 +400,11 @@ def main(args):
         start = time.time()
         torch.manual_seed(10_000 * args.seed + epoch)
         batches = torch.randperm(len(train_images)).split(args.batch_size)[:n_batches]
-        dataloader = (to_images(train_on_device[indices]) for indices in batches)
+        dataloader = (to_images(train_on_device[i]) for i in tqdm(batches, leave=False, disable=None))
         loss_D, loss_G = train(dataloader, discriminator, generator, optimizer_G, optimizer_D, (schedule_G, schedule_D),
                                averaged, args.save_interval, out_dir)
         if not math.isfinite(loss_D + loss_G + sum(p.sum().item() for p in averaged.parameters())):
-            raise FloatingPointError(f"the loss in epoch {epoch} is not finite: start anew with --lr below {args.lr:g}")
+            raise FloatingPointError(f"the loss in epoch {epoch} is not finite: start again with a smaller --lr")
         fid = math.nan  # not measured
         if epoch in (1, args.epochs) or epoch % FID_EVERY == 0:
             fid = frechet_distance(classify(classifier, generate(averaged, z))[0], val_features)
@@ -418,15 +418,15 @@ def main(args):
         weights = {"format": FORMAT, "latent_dim": args.latent_dim, "averaged": averaged.state_dict()}
         if fid == np.nanmin([row["val_fid"] for row in rows]):
             save(weights, out_dir / "best.pt")
-        (out_dir / "results.json").unlink(missing_ok=True)  # those of an earlier run
-        parts = {name: part.state_dict() for name, part in state.items()}
-        save({**weights, **parts, "rows": rows, "settings": settings}, out_dir / "checkpoint.pt")
         np.savetxt(out_dir / "metrics.csv", [[*row.values()] for row in rows], "%.8g", ",",
                    header=",".join(rows[0]), comments="")
+        (out_dir / "results.json").unlink(missing_ok=True)  # of an earlier run
+        parts = {name: part.state_dict() for name, part in state.items()}
+        save({**weights, **parts, "rows": rows, "settings": settings}, out_dir / "checkpoint.pt")
 
     best_row = min((row for row in rows if not math.isnan(row["val_fid"])), key=lambda row: row["val_fid"])
-    best = load_model(out_dir / "best.pt", args.device)
-    torch.save(best.cpu().state_dict(), out_dir / "mnist_generator.pt")
+    best = load_model(out_dir / "best.pt")
+    save(best.state_dict(), out_dir / "mnist_generator.pt")  # as the template does
     scores, floor = (score(pixels, classifier, train_images, test_images) for pixels in (
         generate(best, noise(len(test_images), args.latent_dim, seed=1)), train_images[:len(test_images)]))
     interpolation = save_interpolation(best, classifier, out_dir / "interpolation.png")
@@ -434,7 +434,7 @@ def main(args):
     save_samples(best, out_dir / "samples_end.png")
     save(load_checkpoint(out_dir / "best.pt"), out_dir / "weights.pt")
     peak_memory_mb, seconds = None, sum(row["seconds"] for row in rows)
-    if sys.platform != "win32":  # Windows has no such module
+    if sys.platform != "win32":  # ru_maxrss counts KiB on Linux and bytes on macOS
         import resource
         peak_memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 ** (1 + (sys.platform == "darwin"))
     accuracy = (classify(classifier, test_images)[1].argmax(1) == test_labels).double().mean().item()
@@ -452,9 +452,9 @@ def main(args):
 if __name__ == "__main__":
     arguments = parse_args()
     try:
-        write_samples(arguments) if arguments.sample else main(arguments)
+        (write_samples if arguments.sample else main)(arguments)
     except KeyboardInterrupt:
-        print(f"interrupted; to go on, add to the command: --resume --out_dir {run_dir(arguments)}", file=sys.stderr)
+        print(f"interrupted; continue after the last epoch: --resume --out_dir {run_dir(arguments)}", file=sys.stderr)
         sys.exit(130)
     except (DataError, FloatingPointError, OSError) as error:
         sys.exit(f"{Path(__file__).name}: error: {error}")

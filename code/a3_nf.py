@@ -1,11 +1,11 @@
 """Normalizing flow on MNIST (hand-out questions 3.7 and 3.8).
 
     python a3_nf.py                     # figures and results in report/figures/nf
-    python a3_nf.py --n_mixtures 0      # with the affine couplings of RealNVP alone, in report/figures/nf_affine
+    python a3_nf.py --n_mixtures 0      # with RealNVP's affine couplings, in report/figures/nf_affine
 
-Expect 1.013 bits per dimension on the test set, after 55 minutes on two cores of an EPYC, and less than 1.85 on
-validation after 6 seconds. Sources: Dinh et al. (2017), Density estimation using Real NVP, for couplings, masks and
-scales; Ho et al. (2019), Flow++, for couplings by mixtures of logistics and for dequantization.
+Expect 1.013 bits per dimension on the test set with one draw of the dequantization noise, after 55 minutes on two CPU
+cores, and less than 1.85 on validation after 6 to 10 seconds. Sources: Dinh et al. (2017), Density estimation using
+Real NVP, for affine couplings, masks and scales; Ho et al. (2019), Flow++, for couplings by mixtures of logistics.
 """
 
 import argparse
@@ -30,17 +30,17 @@ from tqdm import tqdm
 from datasets import DATA_DIR, DataError, load
 
 EMA_DECAY = 0.999  # of the averaged weights, per update
-MAX_GRAD_NORM = 1  # clips the rare exploding gradient; nearly all are smaller
+MAX_GRAD_NORM = 1  # gradient clipping: only rare outliers exceed it
 IW_SAMPLES = 8  # draws of the dequantization noise per test image in the importance-weighted bound
-FIXED = 1e-3  # weight of the standard logistic that is part of each mixture
+FIXED_WEIGHT = 1e-3  # of the standard logistic that is added to each mixture
 TARGET_BPD = 1.85  # question 3.8
 FIGURES = Path(__file__).resolve().parents[1] / "report" / "figures"
-FORMAT = "a3_nf 2"  # of the checkpoints: a file of another script or version is not loaded
+FORMAT = "a3_nf 2"  # of checkpoints; files of another script or version are rejected
 
 
 # ----------------------------------------------------------------------------------------------------------- model
 def log_prior(x):
-    """log p(x) of standard logistic variables, as the logit of a variable's own CDF is one: x [B, D] -> [B], nats."""
+    """log p(x) of standard logistic variables: x [B, D] -> [B], nats. If F is the CDF of X, logit F(X) is one."""
     return (F.logsigmoid(x) + F.logsigmoid(-x)).sum(1)
 
 
@@ -50,24 +50,24 @@ def sample_prior(size):
 
 
 def get_mask(scale=0, side=28):
-    """Which pixels a coupling sees, 1, and which it changes, 0: [1, side * side]; at scale 0 a checkerboard.
+    """Mask of a coupling, [1, side * side]: 1 for pixels that it sees, 0 for those that it changes.
 
-    Each further scale halves what the one before sees: scale 1 sees pixels of even row and column and changes those of
-    odd row and column, scale 2 is a checkerboard on what scale 1 sees, and so on. Pixels changed before are factored
-    out, -1 (RealNVP, section 3.6), so that no coupling sees pixels that another has changed.
+    Scale 0 is a checkerboard. Of what it sees, scale 1 sees the even rows and changes the odd ones; scale 2 is a
+    checkerboard on what scale 1 sees, and so on. Pixels changed before are factored out, -1 (RealNVP, section 3.6), so
+    that only the last coupling sees pixels that have been turned into noise.
     """
-    step = 2 ** (scale // 2)  # from one row or column that is left to the next
+    step = 2 ** (scale // 2)  # distance of the remaining rows and columns
     row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    left, checkerboard = row % step + column % step == 0, (row // step + column // step) % 2 == 0
+    remaining, checkerboard = row % step + column % step == 0, (row // step + column // step) % 2 == 0
     if scale % 2 == 0:
-        return torch.where(left, checkerboard.long(), -1).view(1, -1)
-    return torch.where(left & checkerboard, 1 - row // step % 2, -1).view(1, -1)
+        return torch.where(remaining, checkerboard.long(), -1).view(1, -1)
+    return torch.where(remaining & checkerboard, 1 - row // step % 2, -1).view(1, -1)
 
 
 def pixel_tables(mask):
-    """The pixels where a mask [1, D] is 1, and those where it is 0: two tables of indices, [c, H, W] or [c].
+    """Index tensors of the pixels where a mask [1, D] is 1, and of those where it is 0: [c, H, W] or [c].
 
-    If the mask consists of equal n x n tiles, each place in the tile is a channel; otherwise the tables are lists.
+    If the mask consists of equal n x n tiles, each place in the tile is a channel; otherwise they are lists of pixels.
     """
     side = math.isqrt(mask.numel())
     for n in range(2, side):
@@ -88,7 +88,7 @@ class Residual(nn.Sequential):
 class Coupling(nn.Module):
     """RealNVP's affine coupling (Dinh et al. 2017, equations 7 and 8): y = x * exp(log_scale) + shift.
 
-    x are the pixels where `mask` is 0; log_scale and shift come from a network of the pixels where it is 1, so that the
+    x are the pixels where `mask` is 0; a network computes log_scale and shift from those where it is 1, so that the
     log-determinant is the sum of log_scale. `features`: [B, c, ...] -> [B, n_features * c, ...], the network's input.
     """
     def __init__(self, c_in, mask, n_hidden=64, n_parameters=2, features=lambda z: z, n_features=1):
@@ -96,7 +96,7 @@ class Coupling(nn.Module):
         seen, changed = pixel_tables(mask)
         self.register_buffer("seen", seen, persistent=False)  # [c, H, W] or [c]
         self.register_buffer("changed", changed, persistent=False)
-        self.features, self.n_parameters = features, n_parameters  # the latter of each changed pixel
+        self.features, self.n_parameters = features, n_parameters  # the latter per changed pixel
         spatial, pointwise = partial(nn.Conv2d, kernel_size=3, padding=1), partial(nn.Conv2d, kernel_size=1)
         if seen.dim() == 1:  # a list of pixels, not an image
             spatial, pointwise = nn.Linear, nn.Linear
@@ -104,11 +104,11 @@ class Coupling(nn.Module):
             spatial(n_features * len(seen), n_hidden),
             Residual(nn.SiLU(), spatial(n_hidden, n_hidden), nn.SiLU(), pointwise(n_hidden, n_hidden)), nn.SiLU(),
             pointwise(n_hidden, n_parameters * len(changed)))
-        nn.init.zeros_(self.net[-1].weight)  # so that it starts as the identity
+        nn.init.zeros_(self.net[-1].weight)  # so that the affine map starts as the identity
         nn.init.zeros_(self.net[-1].bias)
 
     def forward(self, z, ldj, reverse=False):
-        """z [B, c_in], log-determinant so far ldj [B], nats -> the output (with `reverse` the input) and its ldj."""
+        """z [B, c_in], log-determinant so far ldj [B], nats -> the same after the coupling, or its inverse."""
         parameters = self.net(self.features(z[:, self.seen])).unflatten(1, (self.n_parameters, -1))
         changed, log_det = self.map(z[:, self.changed], parameters, reverse)  # [B, c, ...] each
         z = z.clone()
@@ -125,9 +125,8 @@ class MixtureCoupling(Coupling):
     """Flow++'s coupling (Ho et al. 2019, section 3.2): the logit of the CDF of a mixture, then the affine map."""
     def __init__(self, c_in, mask, n_hidden=64, n_mixtures=12, **features):
         super().__init__(c_in, mask, n_hidden, 2 + 3 * n_mixtures, **features)
-        with torch.no_grad():  # logistics that start with equal means would stay equal
-            mean = self.mixture(self.net[-1].bias.view(1, self.n_parameters, -1))[1]  # [1, K, c]
-            mean.copy_(torch.linspace(-1, 1, n_mixtures).view(1, -1, 1).expand_as(mean))
+        mean = self.mixture(self.net[-1].bias.detach().view(1, self.n_parameters, -1))[1]  # [1, K, c], of the bias
+        mean.copy_(torch.linspace(-1, 1, n_mixtures).view(1, -1, 1))  # logistics that start equal would stay equal
 
     def mixture(self, parameters):
         """The parameters of mixture_logit, each [B, K, c, ...]."""
@@ -146,10 +145,10 @@ class MixtureCoupling(Coupling):
 
 
 def mixture_logit(x, logits, mean, log_s):
-    """h = logit of a mixture of logistics' CDF at x [B, ...], and log dh/dx, each [B, ...].
+    """h = logit of the CDF of a mixture of logistics at x [B, ...], and log dh/dx, each [B, ...].
 
-    logits of the weights, means and log scales: [B, K, ...] each. A standard logistic with weight FIXED is added: with
-    it the slope is never zero, and nothing becomes infinite where the others underflow (|x| > 70).
+    logits of the weights, means and log scales: [B, K, ...] each. A standard logistic is added with FIXED_WEIGHT, so
+    that the slope is never zero, and nothing is infinite where the others underflow (|u| > 73).
     """
     weight, inverse_s = logits.softmax(1), torch.exp(-log_s)
     u = (x.unsqueeze(1) - mean) * inverse_s
@@ -159,13 +158,14 @@ def mixture_logit(x, logits, mean, log_s):
     tiny = 1e6 * torch.finfo(x.dtype).tiny  # so that no gradient overflows
     log_learned = learned.clamp(min=tiny).log().masked_fill(learned < tiny, -math.inf)
     log_fixed = torch.stack([F.logsigmoid(x), F.logsigmoid(-x), F.logsigmoid(x) + F.logsigmoid(-x)])
-    log_cdf, log_sf, log_pdf = torch.logaddexp(math.log(FIXED) + log_fixed, math.log1p(-FIXED) + log_learned)
+    log_w, log_1_w = math.log(FIXED_WEIGHT), math.log1p(-FIXED_WEIGHT)
+    log_cdf, log_sf, log_pdf = torch.logaddexp(log_w + log_fixed, log_1_w + log_learned)
     return log_cdf - log_sf, log_pdf - log_cdf - log_sf  # d logit(F) = dF / (F (1 - F))
 
 
 @torch.no_grad()
 def mixture_logit_inverse(h, logits, mean, log_s):
-    """The x [B, ...] at which mixture_logit is h, by bisection, as exact as the number format; without gradients."""
+    """The x [B, ...] at which mixture_logit is h, by bisection, to the resolution of the dtype; without gradients."""
     x_k = mean + log_s.exp() * h.unsqueeze(1)  # where each logistic alone has this h; the fixed one has it at h
     low, high = torch.minimum(h, x_k.amin(1)), torch.maximum(h, x_k.amax(1))
     for _ in range(200):  # at most: about 40 halvings are enough in float32, and 70 in float64
@@ -178,9 +178,9 @@ def mixture_logit_inverse(h, logits, mean, log_s):
 
 
 class Flow(nn.Module):
-    """Couplings from fine to coarse: each changes half of the pixels that are left, given the other half.
+    """Couplings from fine to coarse: each changes half of the remaining pixels, given the other half.
 
-    The last is followed by one with the roles swapped, so all pixels are changed, each once.
+    The last is followed by one with its mask inverted, so all pixels are changed, each once.
     """
     def __init__(self, shape, n_flows=4, coupling=Coupling, **options):
         super().__init__()
@@ -197,9 +197,9 @@ class Flow(nn.Module):
 
 
 class EmpiricalLogit(nn.Module):
-    """The logit of the empirical CDF of the grey levels, which makes pixels nearly standard logistic, like the prior.
+    """The logit of a CDF of the grey levels, nearly the empirical one: it makes pixels resemble the logistic prior.
 
-    Black counts as one half: its true share, 0.8, would leave little room for the greys, which cost most of the bits.
+    Black counts as one half: its true share, 0.8, would squeeze the greys, which cost most of the bits, into one tail.
     """
     def __init__(self):
         super().__init__()
@@ -209,7 +209,7 @@ class EmpiricalLogit(nn.Module):
 
     def fit(self, images):
         """Count the levels of images, integers 0..255 of any shape."""
-        count = torch.bincount(images.flatten(), minlength=256) + 1  # no level is impossible
+        count = torch.bincount(images.flatten(), minlength=256) + 1  # so that each has positive probability
         count[0] = count[1:].sum()
         p = count.double() / count.sum()
         self.p.copy_(p)
@@ -219,7 +219,7 @@ class EmpiricalLogit(nn.Module):
     def forward(self, y):
         """Grey levels y [B, D] in [0, 256] -> z [B, D], and the log-determinant [B], nats."""
         level = y.long().clamp(0, 255)
-        u = (y - level).clamp(1e-6, 1 - 1e-6)  # the very ends of the scale are infinitely far out
+        u = (y - level).clamp(1e-6, 1 - 1e-6)  # so that no z is infinite
         log_cdf = (self.cdf[level] + u * self.p[level]).log()
         log_sf = (self.sf[level] + (1 - u) * self.p[level]).log()
         return log_cdf - log_sf, (self.p[level].log() - log_cdf - log_sf).sum(1)  # d logit(F) = dF / (F (1 - F))
@@ -232,13 +232,13 @@ class EmpiricalLogit(nn.Module):
         return level + (u / self.p[level]).clamp(0, 1)
 
     def features(self, z):
-        """Input features of the couplings' networks: z [B, c, ...] -> z, grey level, black?, white? [B, 4c, ...]."""
-        y = self.inverse(z)  # where a pixel is black, z is mostly noise
+        """Network input: z [B, c, ...] -> z, grey level, whether black and whether white, [B, 4c, ...]."""
+        y = self.inverse(z)  # z alone is mostly dequantization noise for black pixels
         return torch.cat([z, y / 128 - 1, (2 - y).clamp(0, 1), (y - 251).clamp(0, 1)], dim=1)
 
 
 class Model(nn.Module):
-    """Dequantization, the empirical logit, couplings: z = flow(logit(x + u)), with z from the prior."""
+    """Dequantization, the empirical logit, couplings: z = flow(logit(x + u)), where z has the prior."""
     def __init__(self, shape, n_hidden=64, n_mixtures=12):
         super().__init__()
         self.logit = EmpiricalLogit()
@@ -247,7 +247,7 @@ class Model(nn.Module):
 
     def dequantize(self, x):
         """x + u with u uniform in [0, 1), so that a density is a bound: E log p(x + u) <= log P(x) (question 3.4)."""
-        x = x.to(self.logit.p)  # its device and number format
+        x = x.to(self.logit.p)  # its device and dtype
         return x + torch.rand_like(x).clamp(max=1 - 2 ** -16)  # 255 + u must not be rounded to 256
 
     def forward(self, x):
@@ -257,7 +257,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def sample(self, n_samples):
-        """Images [n_samples, D], integers 0..255. The noise is made on the CPU: the same on every device."""
+        """Images [n_samples, D], integers 0..255, from noise made on the CPU: a seed gives the same on every device."""
         z = sample_prior((n_samples, *self.flow.z_shape)).to(self.logit.p)
         z, _ = self.flow(z, torch.zeros_like(z[:, 0]), reverse=True)
         return self.logit.inverse(z).floor().clamp(max=255)
@@ -272,12 +272,12 @@ def bits_per_dimension(log_p, D=784):
 @torch.no_grad()
 def update_average(averaged, model, n_updates):
     """Move the averaged weights a little towards the model's: an exponential moving average."""
-    decay = min(EMA_DECAY, (1 + n_updates) / (10 + n_updates))  # smaller at first, to forget the untrained weights
+    decay = min(EMA_DECAY, (1 + n_updates) / (10 + n_updates))  # smaller at first, to forget the initial weights
     torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
 
 
 def epoch_iter(model, data, optimizer, schedule=None, averaged=None):
-    """One pass over batches [B, 784], which trains the model if that is in training mode. Returns the average bpd."""
+    """One pass over batches [B, 784], with updates if the model is in training mode. Returns the average bpd."""
     device = next(model.parameters()).device
     total, n_images = 0, 0
     with torch.set_grad_enabled(model.training):
@@ -291,45 +291,44 @@ def epoch_iter(model, data, optimizer, schedule=None, averaged=None):
                 optimizer.step()
                 if schedule:
                     schedule.step()
-                    update_average(averaged, model, schedule.last_epoch)  # which counts updates
-            total += loss.detach() * len(x)  # no .item(), so that a GPU need not wait for the CPU
+                    update_average(averaged, model, schedule.last_epoch)  # last_epoch counts updates
+            total += loss.detach() * len(x)  # .item() would make the CPU wait for the GPU
             n_images += len(x)
     return float(total) / n_images
 
 
 def run_epoch(model, data, optimizer, schedule=None, averaged=None):
-    """Train on data[0] and measure on data[1], there with the averaged weights if given. Returns both averages."""
+    """Train on data[0], then evaluate data[1] with the averaged weights, if given. Returns both averages."""
     traindata, valdata = data
     model.train()
     train_bpd = epoch_iter(model, traindata, optimizer, schedule, averaged)
     model.eval()
-    return train_bpd, epoch_iter(averaged or model, valdata, optimizer)
+    return train_bpd, epoch_iter(model if averaged is None else averaged, valdata, optimizer)
 
 
-def watch(batches, model, images, seconds):
-    """Pass the batches on. Before numbers 1, 2, 4, ... measure the images: `seconds` gets the time to TARGET_BPD."""
+def time_to_target(batches, model, images, reached):
+    """Yield the batches. After 1, 2, 4, ... of them evaluate `images`; append to `reached` the time to TARGET_BPD."""
     start = time.time()
     for n, batch in enumerate(batches):
-        if not seconds and n.bit_count() == 1 and epoch_iter(model, [images], None) < TARGET_BPD:
-            seconds.append(time.time() - start)
+        if not reached and n.bit_count() == 1 and epoch_iter(model, [images], None) < TARGET_BPD:
+            reached.append(time.time() - start)
         yield batch
 
 
 @torch.no_grad()
 def evaluate(model, x, k):
-    """Average bits per dimension of x [N, 784] with one draw of the noise u, and by the importance-weighted bound
-    -log P(x) <= -E log 1/k sum_i p(x + u_i) with k draws (Burda et al. 2016, equation 8)."""
+    """Bits per dimension of x [N, 784] with one draw of the noise u, and by the bound -E log(1/k sum_i p(x + u_i))."""
     totals = 0
     for batch in tqdm(x.split(500), "test", leave=False, disable=None):
         log_p = torch.stack([model(batch) for _ in range(k)])  # [k, B]
-        totals += torch.stack([log_p[0], log_p.logsumexp(0) - math.log(k)]).sum(1)  # [2, B] -> [2]
+        totals += torch.stack([log_p[0], log_p.logsumexp(0) - math.log(k)]).sum(1)  # (Burda et al. 2016, equation 8)
     one, many = bits_per_dimension(totals / len(x), x.shape[1]).tolist()
     return {"test_bpd": one, "test_bpd_iw": many, "iw_samples": k}
 
 
 # --------------------------------------------------------------------------------------------------------- figures
 def save_bpd_plot(train_curve, val_curve, filename):
-    """Bits per dimension of each epoch (question 3.8), on the left with the hand-out's target of 1.85."""
+    """Bits per dimension of each epoch (question 3.8): with the hand-out's target of 1.85, and enlarged."""
     figure = Figure(figsize=(6, 2.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axes in (left, right):
@@ -343,7 +342,7 @@ def save_bpd_plot(train_curve, val_curve, filename):
 
 
 def save_grid(images, filename, nrow):
-    """Write images [N, 784] in [0, 1] as a grid, `nrow` side by side, in black on white, three times enlarged."""
+    """Write images [N, 784] in [0, 1] as a grid, `nrow` in a row, black on white, three times enlarged."""
     images = 1 - images.detach().float().cpu().view(-1, 1, 28, 28)
     images = images.repeat_interleave(3, dim=2).repeat_interleave(3, dim=3)  # [N, 1, 84, 84]
     save_image(images, filename, nrow=nrow, padding=2, pad_value=0.8)
@@ -357,7 +356,7 @@ def save_samples(model, filename):
 
 # ----------------------------------------------------------------------------------------------------- checkpoints
 def save(content, path):
-    """torch.save by way of a temporary file: after an interruption there is the old file or the new one, whole."""
+    """torch.save through a temporary file, so that an interrupted save leaves the old file intact."""
     torch.save(content, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
@@ -368,13 +367,13 @@ def load_checkpoint(path):
         content = torch.load(path, map_location="cpu", weights_only=True)  # so that a file cannot run code
         if content["format"] == FORMAT:
             return content
-    except Exception:  # torch raises a dozen kinds
+    except Exception:  # torch raises exceptions of many types
         pass
-    raise OSError(f"{path} is missing, damaged or not of {FORMAT}: train first, or see --out_dir")
+    raise OSError(f"{path} is missing, damaged or of another version: train first, or give its --out_dir")
 
 
 def load_model(checkpoint, device="cpu"):
-    """The trained flow (averaged weights) in eval mode, from a run's checkpoint.pt, best.pt or weights.pt."""
+    """The trained flow (averaged weights) in eval mode, from checkpoint.pt (last epoch), best.pt or weights.pt."""
     content = load_checkpoint(checkpoint)
     model = Model([784], n_mixtures=content["n_mixtures"])
     model.load_state_dict(content["averaged"])
@@ -383,55 +382,55 @@ def load_model(checkpoint, device="cpu"):
 
 # ------------------------------------------------------------------------------------------------------------ main
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(  # without the usage, so that an error is one line
+    parser = argparse.ArgumentParser(  # no usage line, so that an error is a single line
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)
     add = parser.add_argument_group("model and training").add_argument
-    add("--n_mixtures", type=int, default=12, help="logistics in a mixture; 0: affine couplings (default: %(default)s)")
+    add("--n_mixtures", type=int, default=12, help="logistics per mixture; 0: affine couplings (default: %(default)s)")
     add("--epochs", "--n_epochs", type=int, default=40, help="passes over the training images (default: %(default)s)")
     add("--batch_size", type=int, default=32, help="images per update (default: %(default)s)")
-    add("--lr", type=float, default=8e-3, help="highest learning rate of the one-cycle schedule (default: %(default)s)")
-    add("--seed", type=int, default=42, help="of weights, order of images, and noise (default: %(default)s)")
+    add("--lr", type=float, default=8e-3, help="peak learning rate of the one-cycle schedule (default: %(default)s)")
+    add("--seed", type=int, default=42, help="seed of weights, image order and noise (default: %(default)s)")
     add("--device", help="cpu, cuda or mps (default: %(default)s)", default="cuda" if torch.cuda.is_available() else
         "mps" if torch.backends.mps.is_available() else "cpu")
     add = parser.add_argument_group("data and output").add_argument
     add("--dataset", choices=["auto", "mnist", "glyphs"], default="auto",
-        help="auto: MNIST, or if it is not available glyphs, which are digits drawn from fonts (default: %(default)s)")
+        help="auto: MNIST or, if that is not available, glyphs (digits drawn in fonts) (default: %(default)s)")
     add("--data_dir", type=Path, default=DATA_DIR, help="folder of the data (default: %(default)s)")
     add("--out_dir", type=Path, help="folder of the run (default: report/figures/nf, or nf_affine)")
-    add("--dry_run", action="store_true", help="a few batches of everything, in a temporary folder")
-    add = parser.add_argument_group("instead of a new run").add_argument
-    add("--resume", action="store_true", help="go on with the run in its folder, with the settings it had")
+    add = parser.add_argument_group("instead of a full new run").add_mutually_exclusive_group().add_argument
+    add("--dry_run", action="store_true", help="a few batches of everything, in a temporary folder or in --out_dir")
+    add("--resume", action="store_true", help="continue the run in its folder, with the settings that it has")
     add("--sample", type=int, metavar="N", help="write N samples of the trained model to samples.npz and samples.png")
     args = parser.parse_args(argv)
     for name, low in (("n_mixtures", 0), ("epochs", 1), ("batch_size", 1), ("lr", 1e-9), ("seed", 0), ("sample", 1)):
         if getattr(args, name) is not None and not low <= getattr(args, name) < 2 ** 31:
-            parser.error(f"--{name} must be from {low} to {2 ** 31 - 1}")
+            parser.error(f"--{name} must be between {low} and {2 ** 31 - 1}")
     try:
         torch.zeros(1, device=args.device).item()
-    except Exception as error:  # torch raises several kinds
-        parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+    except Exception as error:  # torch raises exceptions of many types
+        parser.error(f"--device {args.device} cannot be used: {str(error).partition(chr(10))[0]}")
     return args
 
 
 def run_dir(args):
-    """The folder of the run. Glyphs have one of their own, so that they never replace figures of MNIST."""
-    return args.out_dir or FIGURES / f"nf{'' if args.n_mixtures else '_affine'}{'_glyphs' * (args.dataset == 'glyphs')}"
+    """The folder of the run. Glyphs get one of their own, so that they never overwrite the figures of MNIST."""
+    name = "nf" if args.n_mixtures else "nf_affine"
+    return args.out_dir or FIGURES / f"{name}{'_glyphs' if args.dataset == 'glyphs' else ''}"
 
 
 def write_samples(args):
     """--sample: N samples, uint8 [N, 28, 28], in samples.npz, and the first of them in samples.png."""
     model = load_model(run_dir(args) / "weights.pt", args.device)
     torch.manual_seed(args.seed)
-    sizes = [len(part) for part in torch.arange(args.sample).split(1000)]  # as much as fits memory
-    samples = torch.cat([model.sample(n).byte().cpu() for n in sizes]).view(-1, 28, 28)
-    np.savez_compressed(run_dir(args) / "samples.npz", samples=samples)
+    samples = torch.cat([model.sample(len(part)).byte().cpu() for part in torch.arange(args.sample).split(1000)])
+    np.savez_compressed(run_dir(args) / "samples.npz", samples=samples.view(-1, 28, 28))
     save_grid(samples[:100] / 255, run_dir(args) / "samples.png", nrow=10)
     print(f"{args.sample} samples are in {run_dir(args)}")
 
 
 def main(args):
     checkpoint = load_checkpoint(run_dir(args) / "checkpoint.pt") if args.resume else None
-    vars(args).update(checkpoint["settings"] if checkpoint else {})
+    vars(args).update({**checkpoint["settings"], "out_dir": run_dir(args)} if checkpoint else {})
     data = load(args.dataset, args.data_dir)
     args.dataset = data.name  # no longer auto
     train, val, test = (split.images.to(args.device) for split in (data.train, data.val, data.test))
@@ -442,37 +441,38 @@ def main(args):
     out_dir = args.out_dir = run_dir(args)
     out_dir.mkdir(parents=True, exist_ok=True)
 
-    # each epoch has a seed of its own, 10,000 * seed + epoch, so that a resumed run needs no saved random state
+    # the random numbers of an epoch are seeded by 10,000 * seed + epoch, so a resumed run needs no saved random state
     torch.manual_seed(10_000 * args.seed)
     model = Model([784], n_mixtures=args.n_mixtures).to(args.device)
     model.logit.fit(data.train.images)
     averaged = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    n_updates = max(20, args.epochs * math.ceil(len(train) / args.batch_size))  # with 10 it would divide by zero
+    n_updates = max(20, args.epochs * math.ceil(len(train) / args.batch_size))  # OneCycleLR fails with 10
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, n_updates, pct_start=0.1, cycle_momentum=False)
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"{data.name}, {n_parameters:,} parameters, {args.device}; writing to {out_dir}")
     state, rows = {"model": model, "averaged": averaged, "optimizer": optimizer, "schedule": schedule}, []
-    reached = []  # the seconds to TARGET_BPD, if it is reached in the first epoch
+    reached = []  # seconds to TARGET_BPD, if it is reached in the first epoch
     if checkpoint:
         rows, reached = checkpoint["rows"], checkpoint["reached"]
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
     else:
         if (out_dir / "checkpoint.pt").exists() and not (out_dir / "results.json").exists():  # an unfinished run
-            for name in ("best", "checkpoint"):
+            for name in ("checkpoint", "best"):
                 os.replace(out_dir / f"{name}.pt", out_dir / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.pt")
-            print(f"{out_dir} has an unfinished run: its checkpoints are renamed, not replaced", file=sys.stderr)
+            print(f"{out_dir} has an unfinished run: its checkpoints are kept, renamed by date", file=sys.stderr)
+        (out_dir / "checkpoint.pt").unlink(missing_ok=True)  # of a finished run
         save_samples(averaged, out_dir / "samples_start.png")
 
     for epoch in range(len(rows) + 1, args.epochs + 1):
         start = time.time()
         torch.manual_seed(10_000 * args.seed + epoch)
         batches = train[torch.randperm(len(train))].split(args.batch_size)
-        batches = watch(batches, averaged, val[:1000], reached) if epoch == 1 else batches
+        batches = time_to_target(batches, averaged, val[:1000], reached) if epoch == 1 else batches
         train_bpd, val_bpd = run_epoch(model, (batches, val.split(500)), optimizer, schedule, averaged)
         if not math.isfinite(train_bpd + val_bpd):
-            raise FloatingPointError(f"the loss in epoch {epoch} is not finite: start anew with --lr below {args.lr:g}")
+            raise FloatingPointError(f"the loss in epoch {epoch} is not finite: start again with a smaller --lr")
         seconds = time.time() - start
         rows.append({"epoch": epoch, "train_bpd": train_bpd, "val_bpd": val_bpd, "seconds": seconds,
                      "images_per_s": len(train) / seconds, "learning_rate": schedule.get_last_lr()[0]})
@@ -482,11 +482,11 @@ def main(args):
         weights = {"format": FORMAT, "n_mixtures": args.n_mixtures, "averaged": averaged.state_dict()}
         if val_bpd == min(row["val_bpd"] for row in rows):
             save(weights, out_dir / "best.pt")
-        (out_dir / "results.json").unlink(missing_ok=True)  # those of an earlier run
-        parts = {name: part.state_dict() for name, part in state.items()}
-        save({**weights, **parts, "rows": rows, "settings": settings, "reached": reached}, out_dir / "checkpoint.pt")
         np.savetxt(out_dir / "metrics.csv", [[*row.values()] for row in rows], "%.8g", ",",
                    header=",".join(rows[0]), comments="")
+        (out_dir / "results.json").unlink(missing_ok=True)  # of an earlier run
+        parts = {name: part.state_dict() for name, part in state.items()}
+        save({**weights, **parts, "rows": rows, "settings": settings, "reached": reached}, out_dir / "checkpoint.pt")
 
     torch.manual_seed(10_000 * args.seed + args.epochs + 1)
     best_row = min(rows, key=lambda row: row["val_bpd"])
@@ -498,7 +498,7 @@ def main(args):
     seconds_to_sample = time.time() - start
     save(load_checkpoint(out_dir / "best.pt"), out_dir / "weights.pt")
     peak_memory_mb, seconds = None, sum(row["seconds"] for row in rows)
-    if sys.platform != "win32":  # Windows has no such module
+    if sys.platform != "win32":  # ru_maxrss counts KiB on Linux and bytes on macOS
         import resource
         peak_memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 ** (1 + (sys.platform == "darwin"))
     results = {**settings, "dataset_md5": data.md5, "device": args.device, "parameters": n_parameters,
@@ -512,9 +512,9 @@ def main(args):
 if __name__ == "__main__":
     arguments = parse_args()
     try:
-        write_samples(arguments) if arguments.sample else main(arguments)
+        (write_samples if arguments.sample else main)(arguments)
     except KeyboardInterrupt:
-        print(f"interrupted; to go on, add to the command: --resume --out_dir {run_dir(arguments)}", file=sys.stderr)
+        print(f"interrupted; continue after the last epoch: --resume --out_dir {run_dir(arguments)}", file=sys.stderr)
         sys.exit(130)
     except (DataError, FloatingPointError, OSError) as error:
         sys.exit(f"{Path(__file__).name}: error: {error}")

@@ -4,7 +4,7 @@
     python a3_vae.py --zdim 2       # the same and the data manifold, in report/figures/vae_z2
 
 Expect a test ELBO of -87.4 and log p(x) >= -84.2 nats per image (-134.7 and -132.4 with --zdim 2), after 12 minutes on
-two cores of an EPYC. The model is that of Kingma & Welling (2014), Auto-Encoding Variational Bayes, with convolutions.
+two CPU cores. The model is that of Kingma & Welling (2014), Auto-Encoding Variational Bayes, with convolutions.
 """
 
 import argparse
@@ -28,10 +28,10 @@ from tqdm import tqdm
 from datasets import DATA_DIR, DataError, load_binarized
 
 EMA_DECAY = 0.999  # of the averaged weights, per update
-MAX_GRAD_NORM = 100  # clips the rare exploding gradient; nearly all are smaller
+MAX_GRAD_NORM = 100  # gradient clipping: only rare outliers exceed it
 IW_SAMPLES = 256  # samples of z per test image in the importance-weighted bound on log p(x)
 FIGURES = Path(__file__).resolve().parents[1] / "report" / "figures"
-FORMAT = "a3_vae 2"  # of the checkpoints: a file of another script or version is not loaded
+FORMAT = "a3_vae 2"  # of checkpoints; files of another script or version are rejected
 
 
 # ----------------------------------------------------------------------------------------------------------- model
@@ -56,18 +56,18 @@ class Encoder(nn.Module):
     def forward(self, x):
         """x [B, 784] in {0, 1} -> mean and std, each [B, z_dim], std > 0."""
         mean, log_std = self.net(x).chunk(2, dim=1)
-        return mean, log_std.clamp(-8, 4).exp()
+        return mean, log_std.clamp(-8, 4).exp()  # bounded, so that the KL divergence is finite
 
 
 class Decoder(nn.Module):
     """p(x|z) = prod_m Bernoulli(x_m | f(z)_m), hand-out equation 4."""
     def __init__(self, hidden_dim=500, z_dim=20):
         super().__init__()
-        self.logits = nn.Sequential(  # z [B, z_dim] -> log f(z) / (1 - f(z)), [B, 784]
+        self.logits = nn.Sequential(  # z [B, z_dim] -> log(f(z) / (1 - f(z))), [B, 784]
             nn.Linear(z_dim, hidden_dim),
             Residual(nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim)),
             nn.SiLU(), nn.Linear(hidden_dim, 32 * 7 * 7), nn.SiLU(), nn.Unflatten(1, (32, 7, 7)),
-            # PixelShuffle turns four channels of a pixel into a 2x2 block of pixels
+            # PixelShuffle(2) rearranges [4 C, H, W] to [C, 2 H, 2 W]
             nn.Conv2d(32, 4 * 32, 3, padding=1), nn.PixelShuffle(2), nn.SiLU(),   # [B, 32, 14, 14]
             nn.Conv2d(32, 4, 3, padding=1), nn.PixelShuffle(2), nn.Flatten())     # [B, 1, 28, 28] -> [B, 784]
 
@@ -94,7 +94,7 @@ class VAE(nn.Module):
     def sample(self, n_samples):
         """z ~ N(0, I), then x ~ p(x|z) (question 1.2) -> draws in {0, 1} and Bernoulli means, each [n_samples, 784]."""
         z = torch.randn(n_samples, self.z_dim)  # on the CPU: a seed gives the same noise on every device
-        im_means = self.decoder(z.to(next(self.parameters()).device))
+        im_means = torch.cat([self.decoder(batch.to(next(self.parameters()).device)) for batch in z.split(1000)])
         return (torch.rand(im_means.shape).to(im_means) < im_means).float(), im_means
 
 
@@ -110,23 +110,23 @@ def kl_divergence(mean, std):
 
 # ----------------------------------------------------------------------------------------- training and evaluation
 def shift_some(images, share):
-    """Shift a `share` of the images [N, 784] by up to a pixel in each direction, against overfitting."""
+    """Shift a `share` of the images [N, 784] by -1, 0 or 1 pixels in x and in y, as data augmentation."""
     images = images.view(-1, 28, 28).clone()
     chosen = torch.randperm(len(images))[:round(share * len(images))].to(images.device)
     for i, indices in enumerate(chosen.chunk(9)):
-        images[indices] = images[indices].roll((i // 3 - 1, i % 3 - 1), dims=(1, 2))  # the margins are blank
+        images[indices] = images[indices].roll((i // 3 - 1, i % 3 - 1), dims=(1, 2))  # borders are nearly blank
     return images.flatten(1)
 
 
 @torch.no_grad()
 def update_average(averaged, model, n_updates):
     """Move the averaged weights a little towards the model's: an exponential moving average."""
-    decay = min(EMA_DECAY, (1 + n_updates) / (10 + n_updates))  # smaller at first, to forget the untrained weights
+    decay = min(EMA_DECAY, (1 + n_updates) / (10 + n_updates))  # smaller at first, to forget the initial weights
     torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
 
 
 def epoch_iter(model, data, optimizer, schedule=None, averaged=None):
-    """One pass over batches [B, 784], which trains the model if that is in training mode. Returns the average ELBO."""
+    """One pass over batches [B, 784], with updates if the model is in training mode. Returns the average ELBO."""
     device = next(model.parameters()).device
     total, n_images = 0, 0
     with torch.set_grad_enabled(model.training):
@@ -140,40 +140,40 @@ def epoch_iter(model, data, optimizer, schedule=None, averaged=None):
                 optimizer.step()
                 if schedule:
                     schedule.step()
-                    update_average(averaged, model, schedule.last_epoch)  # which counts updates
-            total += loss.detach() * len(x)  # no .item(), so that a GPU need not wait for the CPU
+                    update_average(averaged, model, schedule.last_epoch)  # last_epoch counts updates
+            total += loss.detach() * len(x)  # .item() would make the CPU wait for the GPU
             n_images += len(x)
     return -float(total) / n_images
 
 
 def run_epoch(model, data, optimizer, schedule=None, averaged=None):
-    """Train on data[0] and measure on data[1], there with the averaged weights if given. Returns both ELBOs."""
+    """Train on data[0], then evaluate data[1] with the averaged weights, if given. Returns both ELBOs."""
     traindata, valdata = data
     model.train()
     train_elbo = epoch_iter(model, traindata, optimizer, schedule, averaged)
     model.eval()
-    return train_elbo, epoch_iter(averaged or model, valdata, optimizer)
+    return train_elbo, epoch_iter(model if averaged is None else averaged, valdata, optimizer)
 
 
 @torch.no_grad()
 def evaluate(model, x, k):
     """ELBO, its two terms, and a tighter bound on log p(x): averages over x [N, 784], nats.
 
-    The bound is E log 1/k sum_i w_i with w_i = p(x|z_i) p(z_i) / q(z_i|x) and z_i ~ q(z|x) (Burda et al. 2016, equation
-    8). With k = 1 it is the ELBO; it grows with k, towards log p(x).
+    The bound is E log(1/k sum_i w_i) with w_i = p(x|z_i) p(z_i) / q(z_i|x) and z_i ~ q(z|x) (Burda et al. 2016, eq. 8).
+    With k = 1 it is the ELBO; it grows with k, towards log p(x).
     """
     totals = 0
-    for batch in tqdm(x.split(20), "test", leave=False, disable=None):  # of 20: 20 k images are decoded at once
+    for batch in tqdm(x.split(20), "test", leave=False, disable=None):  # few images, each with k samples of z
         mean, std = model.encoder(batch.float())                    # [B, z_dim]
         epsilon = torch.randn(k, *mean.shape, device=mean.device)   # [k, B, z_dim]
         z = mean + std * epsilon
         logits = model.decoder.logits(z.flatten(0, 1))              # [k * B, 784]
         log_p_x_z = log_p_x_given_z(batch.float().repeat(k, 1), logits).view(k, -1)  # [k, B]
-        log_p_z_over_q = (0.5 * (epsilon ** 2 - z ** 2) + std.log()).sum(2)  # log p(z) - log q(z|x): 2 pi cancels
+        log_p_z_over_q = (0.5 * (epsilon ** 2 - z ** 2) + std.log()).sum(2)  # log p(z) - log q(z|x), [k, B]
         log_p_x = (log_p_x_z + log_p_z_over_q).logsumexp(0) - math.log(k)    # [B]
         totals += torch.stack([log_p_x_z.mean(0), kl_divergence(mean, std), log_p_x]).sum(1)  # [3, B] -> [3]
-    recon, kl, log_px = (totals / len(x)).tolist()
-    return {"test_elbo": recon - kl, "test_log_p_x_given_z": recon, "test_kl": kl, "test_log_px": log_px}
+    log_p_x_z, kl, log_px = (totals / len(x)).tolist()
+    return {"test_elbo": log_p_x_z - kl, "test_log_p_x_given_z": log_p_x_z, "test_kl": kl, "test_log_px": log_px}
 
 
 # --------------------------------------------------------------------------------------------------------- figures
@@ -186,7 +186,7 @@ def save_elbo_plot(train_curve, val_curve, filename, untrained_elbo=None):
             axes.plot(range(1, len(curve) + 1), curve, style, label=f"{name} (last {curve[-1]:.1f})")
         axes.set(xlabel="epoch", ylabel="ELBO (nats per image)")
         axes.grid(alpha=0.3)
-    right.set_ylim(np.quantile([*train_curve, *val_curve], [0.1, 1]) + [-1, 1])  # without the first epochs
+    right.set_ylim(np.quantile([*train_curve, *val_curve], [0.1, 1]) + [-1, 1])  # from the 10% quantile up
     if untrained_elbo is not None:
         left.plot(0, untrained_elbo, "k.", label=f"before training ({untrained_elbo:.1f})")
     left.legend(loc="lower right")
@@ -194,21 +194,21 @@ def save_elbo_plot(train_curve, val_curve, filename, untrained_elbo=None):
 
 
 def save_grid(images, filename, nrow):
-    """Write images [N, 784] in [0, 1] as a grid, `nrow` side by side, in black on white, three times enlarged."""
+    """Write images [N, 784] in [0, 1] as a grid, `nrow` in a row, black on white, three times enlarged."""
     images = 1 - images.detach().float().cpu().view(-1, 1, 28, 28)
     images = images.repeat_interleave(3, dim=2).repeat_interleave(3, dim=3)  # [N, 1, 84, 84]
     save_image(images, filename, nrow=nrow, padding=2, pad_value=0.8)
 
 
 def save_samples(model, filename):
-    """Rows of eight samples and, to their right, their eight means, from the same noise each time (question 1.14)."""
+    """64 samples (left half) and their Bernoulli means (right half), from the same noise each time (question 1.14)."""
     torch.manual_seed(0)
     samples, means = model.sample(64)
     save_grid(torch.cat([samples.view(8, 8, 784), means.view(8, 8, 784)], dim=1).flatten(0, 1), filename, nrow=16)
 
 
 def save_manifold(model, filename, n=20):
-    """Decoder means over an n x n grid of z, at quantiles 1% to 99% of the prior (question 1.15; paper, figure 4b)."""
+    """Decoder means over an n x n grid of z, at quantiles 1% to 99% of the prior (question 1.15)."""
     z = torch.special.ndtri(torch.linspace(0.01, 0.99, n))  # the normal distribution's percent point function
     z1, z2 = torch.meshgrid(z, z.flip(0), indexing="xy")    # z1 grows to the right, z2 upwards
     z = torch.stack([z1, z2], dim=-1).view(-1, 2)           # [n * n, 2]
@@ -217,7 +217,7 @@ def save_manifold(model, filename, n=20):
 
 # ----------------------------------------------------------------------------------------------------- checkpoints
 def save(content, path):
-    """torch.save by way of a temporary file: after an interruption there is the old file or the new one, whole."""
+    """torch.save through a temporary file, so that an interrupted save leaves the old file intact."""
     torch.save(content, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
@@ -228,13 +228,13 @@ def load_checkpoint(path):
         content = torch.load(path, map_location="cpu", weights_only=True)  # so that a file cannot run code
         if content["format"] == FORMAT:
             return content
-    except Exception:  # torch raises a dozen kinds
+    except Exception:  # torch raises exceptions of many types
         pass
-    raise OSError(f"{path} is missing, damaged or not of {FORMAT}: train first, or see --out_dir")
+    raise OSError(f"{path} is missing, damaged or of another version: train first, or give its --out_dir")
 
 
 def load_model(checkpoint, device="cpu"):
-    """The trained VAE (averaged weights) in eval mode, from a run's checkpoint.pt, best.pt or weights.pt."""
+    """The trained VAE (averaged weights) in eval mode, from checkpoint.pt (last epoch), best.pt or weights.pt."""
     content = load_checkpoint(checkpoint)
     model = VAE(z_dim=content["zdim"])
     model.load_state_dict(content["averaged"])
@@ -243,43 +243,43 @@ def load_model(checkpoint, device="cpu"):
 
 # ------------------------------------------------------------------------------------------------------------ main
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(  # without the usage, so that an error is one line
+    parser = argparse.ArgumentParser(  # no usage line, so that an error is a single line
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)
     add = parser.add_argument_group("model and training").add_argument
     add("--zdim", type=int, default=20, help="dimensions of the latent space (default: %(default)s)")
     add("--epochs", "--n_epochs", type=int, default=40, help="passes over the training images (default: %(default)s)")
     add("--batch_size", type=int, default=128, help="images per update (default: %(default)s)")
-    add("--lr", type=float, default=3e-3, help="highest learning rate of the one-cycle schedule (default: %(default)s)")
-    add("--seed", type=int, default=42, help="of weights, order of images, and noise (default: %(default)s)")
+    add("--lr", type=float, default=3e-3, help="peak learning rate of the one-cycle schedule (default: %(default)s)")
+    add("--seed", type=int, default=42, help="seed of weights, image order and noise (default: %(default)s)")
     add("--device", help="cpu, cuda or mps (default: %(default)s)", default="cuda" if torch.cuda.is_available() else
         "mps" if torch.backends.mps.is_available() else "cpu")
     add = parser.add_argument_group("data and output").add_argument
     add("--dataset", choices=["auto", "mnist", "glyphs"], default="auto",
-        help="auto: MNIST, or if it is not available glyphs, which are digits drawn from fonts (default: %(default)s)")
+        help="auto: MNIST or, if that is not available, glyphs (digits drawn in fonts) (default: %(default)s)")
     add("--data_dir", type=Path, default=DATA_DIR, help="folder of the data (default: %(default)s)")
-    add("--out_dir", type=Path, help="folder of the run (default: report/figures/vae_z20, or as --zdim says)")
-    add("--dry_run", action="store_true", help="a few batches of everything, in a temporary folder")
-    add = parser.add_argument_group("instead of a new run").add_argument
-    add("--resume", action="store_true", help="go on with the run in its folder, with the settings it had")
+    add("--out_dir", type=Path, help="folder of the run (default: report/figures/vae_z<zdim>)")
+    add = parser.add_argument_group("instead of a full new run").add_mutually_exclusive_group().add_argument
+    add("--dry_run", action="store_true", help="a few batches of everything, in a temporary folder or in --out_dir")
+    add("--resume", action="store_true", help="continue the run in its folder, with the settings that it has")
     add("--sample", type=int, metavar="N", help="write N samples of the trained model to samples.npz and samples.png")
     args = parser.parse_args(argv)
     for name, low in (("zdim", 1), ("epochs", 1), ("batch_size", 1), ("lr", 1e-9), ("seed", 0), ("sample", 1)):
         if getattr(args, name) is not None and not low <= getattr(args, name) < 2 ** 31:
-            parser.error(f"--{name} must be from {low} to {2 ** 31 - 1}")
+            parser.error(f"--{name} must be between {low} and {2 ** 31 - 1}")
     try:
         torch.zeros(1, device=args.device).item()
-    except Exception as error:  # torch raises several kinds
-        parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+    except Exception as error:  # torch raises exceptions of many types
+        parser.error(f"--device {args.device} cannot be used: {str(error).partition(chr(10))[0]}")
     return args
 
 
 def run_dir(args):
-    """The folder of the run. Glyphs have one of their own, so that they never replace figures of MNIST."""
-    return args.out_dir or FIGURES / f"vae_z{args.zdim}{'_glyphs' * (args.dataset == 'glyphs')}"
+    """The folder of the run. Glyphs get one of their own, so that they never overwrite the figures of MNIST."""
+    return args.out_dir or FIGURES / f"vae_z{args.zdim}{'_glyphs' if args.dataset == 'glyphs' else ''}"
 
 
 def write_samples(args):
-    """--sample: N draws and their means, uint8 [N, 28, 28], in samples.npz, and the first draws in samples.png."""
+    """--sample: N samples and their means, uint8 [N, 28, 28], in samples.npz, and the first samples in samples.png."""
     model = load_model(run_dir(args) / "weights.pt", args.device)
     torch.manual_seed(args.seed)
     samples, means = ((255 * x).round().byte().cpu().view(-1, 28, 28) for x in model.sample(args.sample))
@@ -290,7 +290,7 @@ def write_samples(args):
 
 def main(args):
     checkpoint = load_checkpoint(run_dir(args) / "checkpoint.pt") if args.resume else None
-    vars(args).update(checkpoint["settings"] if checkpoint else {})
+    vars(args).update({**checkpoint["settings"], "out_dir": run_dir(args)} if checkpoint else {})
     data = load_binarized(args.dataset, args.data_dir)
     args.dataset = data.name  # no longer auto
     train, val, test = (split.images.to(args.device) for split in (data.train, data.val, data.test))
@@ -301,36 +301,37 @@ def main(args):
     out_dir = args.out_dir = run_dir(args)
     out_dir.mkdir(parents=True, exist_ok=True)
 
-    # each epoch has a seed of its own, 10,000 * seed + epoch, so that a resumed run needs no saved random state
+    # the random numbers of an epoch are seeded by 10,000 * seed + epoch, so a resumed run needs no saved random state
     torch.manual_seed(10_000 * args.seed)
     model = VAE(z_dim=args.zdim).to(args.device)
     averaged = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05, fused=True)
-    n_updates = max(20, args.epochs * math.ceil(len(train) / args.batch_size))  # with 10 it would divide by zero
+    n_updates = max(20, args.epochs * math.ceil(len(train) / args.batch_size))  # OneCycleLR fails with 10
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, n_updates, pct_start=0.1, cycle_momentum=False)
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"{data.name} ({data.binarization}), {n_parameters:,} parameters, {args.device}; writing to {out_dir}")
     untrained_elbo = epoch_iter(averaged, val.split(1000), None)
-    state, rows = {"model": model, "averaged": averaged, "optimizer": optimizer, "schedule": schedule}, []
+    state = {"model": model, "averaged": averaged, "optimizer": optimizer, "schedule": schedule}
+    rows = checkpoint["rows"] if checkpoint else []
     if checkpoint:
-        rows = checkpoint["rows"]
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
     else:
         if (out_dir / "checkpoint.pt").exists() and not (out_dir / "results.json").exists():  # an unfinished run
-            for name in ("best", "checkpoint"):
+            for name in ("checkpoint", "best"):
                 os.replace(out_dir / f"{name}.pt", out_dir / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.pt")
-            print(f"{out_dir} has an unfinished run: its checkpoints are renamed, not replaced", file=sys.stderr)
+            print(f"{out_dir} has an unfinished run: its checkpoints are kept, renamed by date", file=sys.stderr)
+        (out_dir / "checkpoint.pt").unlink(missing_ok=True)  # of a finished run
         save_samples(averaged, out_dir / "samples_start.png")
 
     for epoch in range(len(rows) + 1, args.epochs + 1):
         start = time.time()
         torch.manual_seed(10_000 * args.seed + epoch)
-        images = shift_some(train, 0.5 - 0.5 * (epoch - 1) / args.epochs)[torch.randperm(len(train))]  # fewer and fewer
-        loaders = images.split(args.batch_size), val.split(1000)
-        train_elbo, val_elbo = run_epoch(model, loaders, optimizer, schedule, averaged)
+        share = 0.5 - 0.5 * (epoch - 1) / args.epochs  # of shifted images, fewer each epoch
+        batches = shift_some(train, share)[torch.randperm(len(train))].split(args.batch_size)
+        train_elbo, val_elbo = run_epoch(model, (batches, val.split(1000)), optimizer, schedule, averaged)
         if not math.isfinite(train_elbo + val_elbo):
-            raise FloatingPointError(f"the loss in epoch {epoch} is not finite: start anew with --lr below {args.lr:g}")
+            raise FloatingPointError(f"the loss in epoch {epoch} is not finite: start again with a smaller --lr")
         seconds = time.time() - start
         rows.append({"epoch": epoch, "train_elbo": train_elbo, "val_elbo": val_elbo, "seconds": seconds,
                      "images_per_s": len(train) / seconds, "learning_rate": schedule.get_last_lr()[0]})
@@ -340,24 +341,24 @@ def main(args):
         weights = {"format": FORMAT, "zdim": args.zdim, "averaged": averaged.state_dict()}
         if val_elbo == max(row["val_elbo"] for row in rows):
             save(weights, out_dir / "best.pt")
-        (out_dir / "results.json").unlink(missing_ok=True)  # those of an earlier run
-        parts = {name: part.state_dict() for name, part in state.items()}
-        save({**weights, **parts, "rows": rows, "settings": settings}, out_dir / "checkpoint.pt")
         np.savetxt(out_dir / "metrics.csv", [[*row.values()] for row in rows], "%.8g", ",",
                    header=",".join(rows[0]), comments="")
+        (out_dir / "results.json").unlink(missing_ok=True)  # of an earlier run
+        parts = {name: part.state_dict() for name, part in state.items()}
+        save({**weights, **parts, "rows": rows, "settings": settings}, out_dir / "checkpoint.pt")
 
     torch.manual_seed(10_000 * args.seed + args.epochs + 1)
     best_row = max(rows, key=lambda row: row["val_elbo"])
     best = load_model(out_dir / "best.pt", args.device)
     scores = evaluate(best, test, IW_SAMPLES)
-    save_elbo_plot([row["train_elbo"] for row in rows], [row["val_elbo"] for row in rows], out_dir / "elbo.pdf",
-                   untrained_elbo)
+    curves = zip(*((row["train_elbo"], row["val_elbo"]) for row in rows), strict=True)
+    save_elbo_plot(*curves, out_dir / "elbo.pdf", untrained_elbo)
     save_samples(best, out_dir / "samples_end.png")
     if args.zdim == 2:
         save_manifold(best, out_dir / "manifold.png")
     save(load_checkpoint(out_dir / "best.pt"), out_dir / "weights.pt")
     peak_memory_mb, seconds = None, sum(row["seconds"] for row in rows)
-    if sys.platform != "win32":  # Windows has no such module
+    if sys.platform != "win32":  # ru_maxrss counts KiB on Linux and bytes on macOS
         import resource
         peak_memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 ** (1 + (sys.platform == "darwin"))
     results = {**settings, "dataset_md5": data.md5, "binarization": data.binarization, "device": args.device,
@@ -365,15 +366,15 @@ def main(args):
                "peak_memory_mb": peak_memory_mb, "untrained_elbo": untrained_elbo, "best_epoch": best_row["epoch"],
                "val_elbo": best_row["val_elbo"], **scores, "iw_samples": IW_SAMPLES}
     (out_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(f"test ELBO {scores['test_elbo']:.2f}, log p(x) >= {scores['test_log_px']:.2f} nats per image")
+    print(f"test: ELBO {scores['test_elbo']:.2f}, log p(x) >= {scores['test_log_px']:.2f} nats per image")
 
 
 if __name__ == "__main__":
     arguments = parse_args()
     try:
-        write_samples(arguments) if arguments.sample else main(arguments)
+        (write_samples if arguments.sample else main)(arguments)
     except KeyboardInterrupt:
-        print(f"interrupted; to go on, add to the command: --resume --out_dir {run_dir(arguments)}", file=sys.stderr)
+        print(f"interrupted; continue after the last epoch: --resume --out_dir {run_dir(arguments)}", file=sys.stderr)
         sys.exit(130)
     except (DataError, FloatingPointError, OSError) as error:
         sys.exit(f"{Path(__file__).name}: error: {error}")
