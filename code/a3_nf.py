@@ -436,7 +436,7 @@ def main(args):
     train, val, test = (split.images.to(args.device) for split in (data.train, data.val, data.test))
     if args.dry_run:
         args.epochs, args.out_dir = min(args.epochs, 2), args.out_dir or Path(tempfile.mkdtemp(prefix="a3_nf_"))
-        train, val, test = train[:5 * args.batch_size // 2], val[:200], test[:200]
+        train, val, test = train[:5 * args.batch_size // 2], val[:200], test[:50]
     settings = {k: v for k, v in vars(args).items() if k not in ("device", "data_dir", "out_dir", "resume", "sample")}
     out_dir = args.out_dir = run_dir(args)
     out_dir.mkdir(parents=True, exist_ok=True)

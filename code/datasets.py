@@ -68,16 +68,16 @@ def load(name="auto", data_dir=DATA_DIR):
 def load_binarized(name="auto", data_dir=DATA_DIR):
     """The images with pixels in {0, 1}, always the same ones; arguments and errors as for `load`.
 
-    For MNIST this is Larochelle's binarization (Larochelle & Murray 2011), from disk or downloaded. If that is not
-    available, and for glyphs, each pixel is one draw, from a fixed seed, of a Bernoulli distribution with mean grey
-    level / 255 (Salakhutdinov & Murray 2008). The Dataset's `binarization` says which one it is.
+    For MNIST this is Larochelle's binarization (Larochelle & Murray 2011), if available. Otherwise each pixel is drawn
+    once, from a fixed seed, and is 1 with probability grey level / 255 (Salakhutdinov & Murray 2008).
     """
     try:
         if name != "glyphs":
             return load_larochelle(Path(data_dir))
+        grey = load(name, data_dir)
     except UnavailableError as error:
+        grey = load(name, data_dir)
         print(f"{error}\nBinarizing the grey levels instead: ELBOs will differ a little.", file=sys.stderr)
-    grey = load(name, data_dir)
     generator = torch.Generator().manual_seed(0)
     images, labels = (torch.cat(parts) for parts in zip(grey.train, grey.val, grey.test, strict=True))
     chunks = [255 * torch.rand(x.shape, generator=generator) < x for x in images.split(10_000)]  # rand is in [0, 1)

@@ -6,7 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+
+os.environ["OMP_NUM_THREADS"] = "1"  # faster, as the tests are small; of the processes that they start, too
+
+import torch  # noqa: E402
+import torchvision  # noqa: E402
 
 CODE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CODE))
@@ -25,6 +29,15 @@ needs_mnist = pytest.mark.skipif(mnist_dir() is None, reason="A3_DATA_DIR does n
 def seeded():
     """The same numbers in every run of the tests."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No network: both downloaders fail as they do then."""
+    def fail(*args, **kwargs):
+        raise RuntimeError("Error downloading:\n<urlopen error no network>")
+    monkeypatch.setattr(torchvision.datasets, "MNIST", fail)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
 
 
 @pytest.fixture(scope="session")
@@ -46,10 +59,3 @@ def randomized(model, scale, seed=0):
         for p in model.parameters():
             p.copy_(scale * torch.randn(p.shape, generator=generator))
     return model
-
-
-def grid_size(path):
-    """Height and width of a PNG."""
-    content = path.read_bytes()
-    assert content.startswith(b"\x89PNG")
-    return int.from_bytes(content[20:24], "big"), int.from_bytes(content[16:20], "big")

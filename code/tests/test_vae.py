@@ -1,4 +1,4 @@
-"""The VAE's mathematics against numerical references."""
+"""The VAE's mathematics against numerical references, and the training loop that it shares with the flow."""
 
 import copy
 import math
@@ -6,22 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import grid_size, randomized
+from PIL import Image
 from scipy import integrate, stats
 
+import a3_nf
 import a3_vae
-from a3_vae import (
-    VAE,
-    Decoder,
-    Encoder,
-    epoch_iter,
-    evaluate,
-    kl_divergence,
-    log_p_x_given_z,
-    run_epoch,
-    shift_some,
-    update_average,
-)
+from a3_vae import VAE, Decoder, Encoder, epoch_iter, evaluate, kl_divergence, log_p_x_given_z, shift_some
+from conftest import randomized
 
 
 def binary_images(n, seed=0):
@@ -66,18 +57,13 @@ def test_shapes_and_ranges(z_dim):
     assert sampled_ims.shape == im_means.shape == (5, 784) and set(sampled_ims.unique().tolist()) == {0.0, 1.0}
 
 
-def test_samples_are_bernoulli_draws_with_the_returned_means():
-    model = randomized(VAE(z_dim=2), 0.15)
+def test_samples_are_bernoulli_draws_with_the_means_of_latents_from_the_prior():
+    model, z = randomized(VAE(z_dim=2), 0.15), []
+    model.decoder.register_forward_hook(lambda module, args, output: z.append(args[0]))
     sampled_ims, im_means = model.sample(3000)
+    assert all(stats.kstest(column.numpy(), "norm").pvalue > 0.01 for column in torch.cat(z).T)
     z_scores = (sampled_ims - im_means).sum(0) / (im_means * (1 - im_means)).sum(0).sqrt()  # per pixel, N(0, 1)
     assert im_means.std() > 0.1 and abs(z_scores.mean()) < 0.2 and 0.9 < z_scores.std() < 1.1
-
-
-def test_samples_come_from_a_standard_normal_prior(monkeypatch):
-    model, seen = VAE(z_dim=3), []
-    model.decoder.register_forward_hook(lambda module, args, output: seen.append(args[0]))
-    model.sample(5000)
-    assert all(stats.kstest(z.numpy(), "norm").pvalue > 0.01 for z in seen[0].T) and seen[0].shape == (5000, 3)
 
 
 def test_elbo_with_means_of_one_half_is_784_log_2_plus_kl():
@@ -110,7 +96,8 @@ def test_importance_weighted_bound_tightens_to_the_exact_log_likelihood():
     """With one latent dimension log p(x) can be integrated: ELBO = bound with k=1 < k=5 < k=1000 = exact."""
     model, x = randomized(VAE(hidden_dim=20, z_dim=1), 0.16, seed=1), binary_images(1)
     z = torch.linspace(-8, 8, 2001).unsqueeze(1)
-    log_joint = log_p_x_given_z(x.expand(2001, -1), model.decoder.logits(z)) + stats.norm.logpdf(z[:, 0].numpy())
+    log_joint = log_p_x_given_z(x.expand(2001, -1), model.decoder.logits(z)) \
+        + torch.from_numpy(stats.norm.logpdf(z[:, 0].numpy()))
     exact = (log_joint.logsumexp(0) + math.log(16 / 2000)).item()
     many = evaluate(model, x.expand(4, -1), 1000)
     elbo, gap = many["test_elbo"], exact - many["test_elbo"]
@@ -122,7 +109,7 @@ def test_importance_weighted_bound_tightens_to_the_exact_log_likelihood():
 
 @torch.no_grad()
 def test_evaluate_averages_over_all_images():
-    """Images in several batches, the last of another size, against each image by itself with the same noise left out."""
+    """47 images, in batches of which the last is smaller, against the same averages without noise."""
     model, x = randomized(VAE(z_dim=2), 0.1), binary_images(47)
     model.encoder.net[-1].bias[2:] = -8  # a tiny std, so that the noise hardly matters
     model.encoder.net[-1].weight[2:] = 0
@@ -143,34 +130,41 @@ def test_gradients_reach_the_encoder_through_the_reparametrization(monkeypatch):
 
 
 class MeanPixel(torch.nn.Module):
-    """A stand-in for the VAE, whose loss is weight times the mean pixel."""
+    """A stand-in for a model: its bits per dimension, or minus its ELBO, are a weight times the mean pixel."""
 
-    def __init__(self):
+    def __init__(self, module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(()))
+        self.factor = None if module is a3_vae else -math.log(2) * 784
 
     def forward(self, x):
-        return self.weight * x.mean()
+        return self.weight * (x.mean() if self.factor is None else x.mean(1) * self.factor)
 
 
-def test_epoch_average_is_weighted_by_batch_size():
-    model = MeanPixel().eval()
+both = pytest.mark.parametrize("module, sign", [(a3_vae, -1), (a3_nf, 1)], ids=["vae", "nf"])
+
+
+@both
+def test_epoch_average_is_weighted_by_batch_size(module, sign):
+    model = MeanPixel(module).eval()
     data = [torch.full((4, 784), 1.0), torch.full((1, 1, 28, 28), 6.0)]
-    assert epoch_iter(model, data, None) == pytest.approx(-(4 * 1 + 1 * 6) / 5)
+    assert module.epoch_iter(model, data, None) == pytest.approx(sign * (4 * 1 + 1 * 6) / 5)
     assert model.weight.grad is None
 
 
-def test_run_epoch_trains_on_the_first_and_measures_on_the_second():
-    model = MeanPixel()
+@both
+def test_run_epoch_trains_on_the_first_and_measures_on_the_second(module, sign):
+    model = MeanPixel(module)
     data = [torch.full((2, 784), 1.0)], [torch.full((2, 784), 1.0)]
-    elbos = run_epoch(model, data, torch.optim.SGD(model.parameters(), lr=0.25))
-    assert (*elbos, model.weight.item()) == (-1, -0.75, 0.75) and not model.training
+    averages = module.run_epoch(model, data, torch.optim.SGD(model.parameters(), lr=0.25))
+    assert (*averages, model.weight.item()) == pytest.approx((sign, sign * 0.75, 0.75)) and not model.training
 
 
-def test_averaged_weights_follow_their_formula_and_are_those_that_are_validated():
+@both
+def test_averaged_weights_follow_their_formula_and_are_those_that_are_validated(module, sign):
     """Plain gradient descent on a constant gradient: after n updates the weight is 1 - 0.01 n."""
-    model = MeanPixel()
-    averaged = copy.deepcopy(model).requires_grad_(False)
+    model = MeanPixel(module)
+    averaged = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1)
     data = [torch.full((2, 784), 1.0)] * 30, [torch.full((2, 784), 1.0)]
@@ -178,12 +172,12 @@ def test_averaged_weights_follow_their_formula_and_are_those_that_are_validated(
     for n in range(1, 31):
         decay = (1 + n) / (10 + n)
         expected = decay * expected + (1 - decay) * (1 - 0.01 * n)
-    _, val_elbo = run_epoch(model, data, optimizer, schedule, averaged)
+    validated = module.run_epoch(model, data, optimizer, schedule, averaged)[1]
     assert averaged.weight.item() == pytest.approx(expected) and model.weight.item() == pytest.approx(0.7)
-    assert val_elbo == pytest.approx(-expected)
+    assert validated == pytest.approx(sign * expected)
     before = averaged.weight.item()
-    update_average(averaged, model, 10 ** 6)  # from here on the decay is constant
-    assert before - averaged.weight.item() == pytest.approx((1 - a3_vae.EMA_DECAY) * (before - 0.7), rel=1e-3)
+    module.update_average(averaged, model, 10 ** 6)  # from here on the decay is constant
+    assert before - averaged.weight.item() == pytest.approx((1 - module.EMA_DECAY) * (before - 0.7), rel=1e-3)
 
 
 def test_shift_some_moves_a_share_of_the_images_by_up_to_a_pixel():
@@ -199,14 +193,8 @@ def test_shift_some_moves_a_share_of_the_images_by_up_to_a_pixel():
 def test_it_learns():
     model, x = VAE().train(), binary_images(8)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
-    curve = [epoch_iter(model, [x], optimizer) for _ in range(80)]
+    curve = [epoch_iter(model, [x], optimizer) for _ in range(40)]
     assert curve[0] < -500 and curve[-1] > -330  # random pixels: 784 * entropy(0.2) = 392 nats, unless memorised
-
-
-def test_elbo_plot_as_the_template_calls_it(tmp_path):
-    for n in (1, 2):
-        a3_vae.save_elbo_plot([-200.0, -110.0][:n], [-150.0, -105.0][:n], str(tmp_path / "elbo.pdf"))
-        assert (tmp_path / "elbo.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_samples_are_drawn_beside_their_own_means(tmp_path, monkeypatch):
@@ -218,7 +206,7 @@ def test_samples_are_drawn_beside_their_own_means(tmp_path, monkeypatch):
     assert torch.equal(grids[0], grids[1]) and set(samples.unique().tolist()) == {0, 1}
     matches = torch.nn.functional.binary_cross_entropy(means.repeat(64, 1), samples.repeat_interleave(64, 0),
                                                        reduction="none").sum(1).view(64, 64).argmin(1)
-    assert torch.equal(matches, torch.arange(64))
+    assert (matches == torch.arange(64)).sum() > 50  # most are told apart by their means
 
 
 def test_manifold_covers_the_prior_at_equally_spaced_quantiles(tmp_path):
@@ -228,4 +216,4 @@ def test_manifold_covers_the_prior_at_equally_spaced_quantiles(tmp_path):
     u = stats.norm.cdf(seen[0].view(20, 20, 2))
     assert u[0, :, 0] == pytest.approx(np.linspace(0.01, 0.99, 20), abs=1e-6)  # z1 grows to the right
     assert u[:, 0, 1] == pytest.approx(np.linspace(0.99, 0.01, 20), abs=1e-6)  # z2 grows upwards
-    assert grid_size(tmp_path / "manifold.png") == (20 * 86 + 2, 20 * 86 + 2)
+    assert Image.open(tmp_path / "manifold.png").size == (20 * 86 + 2, 20 * 86 + 2)
