@@ -109,7 +109,7 @@ def noise(n, latent_dim, seed):
 # ----------------------------------------------------------------------------------------- training and evaluation
 @torch.no_grad()
 def update_average(averaged, model, n_updates):
-    """Move the averaged weights a little towards the model's: an exponential moving average."""
+    """averaged = decay * averaged + (1 - decay) * model, an exponential moving average of the weights, in place."""
     decay = min(EMA_DECAY, (1 + n_updates) / (10 + n_updates))  # smaller at first, to forget the initial weights
     tensors = [[*m.parameters(), *filter(torch.is_floating_point, m.buffers())] for m in (averaged, model)]
     torch._foreach_lerp_(*tensors, 1 - decay)  # the buffers are the running means and variances of batch norm

@@ -120,7 +120,7 @@ def shift_some(images, share):
 
 @torch.no_grad()
 def update_average(averaged, model, n_updates):
-    """Move the averaged weights a little towards the model's: an exponential moving average."""
+    """averaged = decay * averaged + (1 - decay) * model, an exponential moving average of the weights, in place."""
     decay = min(EMA_DECAY, (1 + n_updates) / (10 + n_updates))  # smaller at first, to forget the initial weights
     torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
 
