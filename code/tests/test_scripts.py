@@ -202,6 +202,7 @@ def counting(*args):  # once per update, for the averaged weights
         os.kill(os.getpid(), number)
     return lerp(*args)
 torch._foreach_lerp_ = counting
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job ignores
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
