@@ -3,9 +3,9 @@
     python a3_gan.py --n_epochs 200                     # figures and results in report/figures/gan
     python a3_gan.py --n_epochs 20 --out_dir gan20      # a tenth of the time, nearly as good
 
-Expect a Fréchet distance to the test images of 1.0 to 1.2 (training images: 0.7), after 42 minutes on two cores of an
-EPYC. Sources: Goodfellow et al. (2014), Generative Adversarial Nets; Mescheder et al. (2018) for the gradient penalty;
-Yazici et al. (2019) for averaging the generator; Heusel et al. (2017) for the Fréchet distance and two learning rates.
+Expect a Fréchet distance to the test images of 1.0 to 1.2 (training images: 0.7), after 42 minutes on two cores.
+Sources: Goodfellow et al. (2014), Generative Adversarial Nets; Mescheder et al. (2018) for the gradient penalty; Yazici
+et al. (2019) for averaging the generator; Heusel et al. (2017) for the Fréchet distance and two learning rates.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from tqdm import tqdm
 from datasets import DATA_DIR, DataError, load
 
 EMA_DECAY = 0.9999  # of the averaged generator, per update
-R1_GAMMA, R1_EVERY = 3.0, 16  # weight of the gradient penalty; it is computed on every 16th batch only
+R1_GAMMA, R1_EVERY = 3.0, 16  # weight of the gradient penalty, without which D memorises; on every 16th batch only
 FID_EVERY = 5  # epochs between measurements of the Fréchet distance, besides the first and the last
 FIGURES = Path(__file__).resolve().parents[1] / "report" / "figures"
 FORMAT = "a3_gan 2"  # of checkpoints; files of another script or version are rejected
@@ -82,7 +82,6 @@ def generator_loss(fake_scores):
 
 def gradient_penalty(discriminator, images):
     """E |d score / d x|^2 over real images, a scalar: R1 of Mescheder et al. (2018), without its factor gamma / 2."""
-    # without the penalty D memorises the training images, and late in training the samples get worse
     images = images.detach().requires_grad_()
     gradient, = torch.autograd.grad(discriminator(images).sum(), images, create_graph=True)  # [B, 1, 28, 28]
     return gradient.square().sum((1, 2, 3)).mean()  # over pixels, over the batch
@@ -119,8 +118,8 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D, schedu
           out_dir=None):
     """One epoch: for each batch an update of the discriminator, then one of the generator.
 
-    `dataloader` is any iterable of batches of images [B, 1, 28, 28] in [-1, 1], with or without labels, which are
-    ignored. Returns the mean losses of the discriminator (without the gradient penalty) and the generator, nats.
+    `dataloader`: any iterable of batches of images [B, 1, 28, 28] in [-1, 1], with or without labels. Returns the mean
+    losses of the discriminator, without the gradient penalty, and of the generator, nats.
     """
     device = next(generator.parameters()).device
     generator.train()
@@ -131,11 +130,10 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D, schedu
         discriminator.requires_grad_(True)
         real_scores, fake_scores = discriminator(torch.cat([images, fake.detach()])).chunk(2)
         loss_D = discriminator_loss(real_scores, fake_scores)
-        penalty = 0
-        if step % R1_EVERY == 0:  # lazy regularization: rarely, but with more weight (Karras et al. 2020)
-            penalty = R1_GAMMA / 2 * R1_EVERY * gradient_penalty(discriminator, images)
         optimizer_D.zero_grad()
-        (loss_D + penalty).backward()
+        loss_D.backward()
+        if step % R1_EVERY == 0:  # lazy regularization: rarely, but with more weight (Karras et al. 2020)
+            (R1_GAMMA / 2 * R1_EVERY * gradient_penalty(discriminator, images)).backward()
         optimizer_D.step()
         discriminator.requires_grad_(False)  # the generator's step passes through it, but does not change it
         loss_G = generator_loss(discriminator(fake))
@@ -148,8 +146,7 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D, schedu
             n_updates = schedules[0].last_epoch  # it is stepped once per batch
             update_average(averaged, generator, n_updates)
             if save_interval and n_updates % save_interval == 0:
-                (out_dir / "progress").mkdir(exist_ok=True)
-                save_samples(averaged, out_dir / "progress" / f"batch_{n_updates:07d}.png")
+                save_samples(averaged, out_dir / f"batch_{n_updates:07d}.png")
         total += torch.stack([loss_D, loss_G]).detach() * len(images)  # .item() would make the CPU wait for the GPU
         n_images += len(images)
     return (total / n_images).tolist()
@@ -163,8 +160,7 @@ def train_classifier(images, labels, epochs=5, batch_size=128):
         nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),  # [B, 16, 4, 4]
         nn.Flatten(), nn.Linear(256, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10))
     optimizer = torch.optim.AdamW(classifier.parameters(), fused=True)
-    n_updates = epochs * math.ceil(len(images) / batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, n_updates)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, epochs * math.ceil(len(images) / batch_size))
     for _ in range(epochs):
         for indices in torch.randperm(len(images)).split(batch_size):
             loss = F.cross_entropy(classifier(to_images(images[indices])), labels[indices].long())
@@ -183,21 +179,15 @@ def classify(classifier, pixels):
 
 
 def frechet_distance(a, b):
-    """|mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of features a, b [N, d] with covariances S_a, S_b.
-
-    Heusel et al. (2017), equation 6. The trace of the root is the sum of the roots of the eigenvalues of S_a S_b.
-    """
+    """|mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of features [N, d] (Heusel et al. 2017, equation 6)."""
     a, b = a.double().numpy(), b.double().numpy()
     S_a, S_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    trace_root = np.sqrt(np.linalg.eigvals(S_a @ S_b).real.clip(min=0)).sum()
+    trace_root = np.sqrt(np.linalg.eigvals(S_a @ S_b).real.clip(min=0)).sum()  # the eigenvalues' roots are the root's
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(S_a) + np.trace(S_b) - 2 * trace_root)
 
 
 def coverage(real, fake, k=5):
-    """Share of the real features [N, d] that have a fake one closer than their k-th nearest real neighbour.
-
-    Naeem et al. (2020). Its expectation is 1 - 2^-k for equally many fakes from the same distribution.
-    """
+    """Share of the real features [N, d] with a fake one closer than their k-th real neighbour (Naeem et al. 2020)."""
     covered = 0
     for batch in real.split(1000):
         radius = torch.cdist(batch, real).kthvalue(k + 1, dim=1).values  # + 1: each is its own nearest one
@@ -212,17 +202,14 @@ def nearest_distance(pixels, train_pixels):
 
 
 def score(pixels, classifier, train_images, test_images):
-    """Compare samples, uint8 [N, 784], with the test images by the features and probabilities of the classifier.
-
-    The distance to the nearest training image, the median over every fifth sample, would be near zero for copies.
-    """
+    """Compare samples, uint8 [N, 784], with the test images, and every fifth with the nearest training image."""
     features, probabilities = classify(classifier, pixels)
     real = classify(classifier, test_images)[0]
     shares = torch.bincount(probabilities.argmax(1), minlength=10) / len(pixels)
     return {"fid": frechet_distance(features, real), "coverage": coverage(real, features),
-            "class_shares": [round(share, 4) for share in shares.tolist()],
-            "classifier_confidence": probabilities.max(1).values.mean().item(),
-            "nearest_train_distance": nearest_distance(pixels[::5], train_images).median().item()}
+            "confident_share": (probabilities.amax(1) > 0.9).double().mean().item(),
+            "nearest_train_distance": nearest_distance(pixels[::5], train_images).median().item(),
+            "class_shares": [round(share, 4) for share in shares.tolist()]}
 
 
 def slerp(start, end, n=9):
@@ -263,14 +250,10 @@ def save_samples(generator, filename):
 
 
 def save_interpolation(generator, classifier, filename):
-    """Nine images on the way between two samples of different digits (question 2.7).
-
-    Of 1000 samples we take the most confidently classified one of each digit, and of the 45 paths between these the one
-    whose steps are most even. Returns its two digits, and the probabilities that the classifier gives them.
-    """
+    """Nine images on the most even of the 45 paths between the digits (question 2.7). Returns what is at its ends."""
     z = noise(1000, generator.latent_dim, seed=2)
     probabilities = classify(classifier, generate(generator, z))[1].numpy()             # [1000, 10]
-    samples, digits = linear_sum_assignment(probabilities, maximize=True)               # [10] each
+    samples, digits = linear_sum_assignment(probabilities, maximize=True)               # the surest of each digit
     pairs = list(itertools.combinations(range(10), 2))
     paths = [generate(generator, slerp(z[samples[i]], z[samples[j]])) for i, j in pairs]  # [9, 784] each
     steps = torch.stack([path.float().diff(dim=0).norm(dim=1) for path in paths])       # [45, 8]
@@ -328,6 +311,7 @@ def parse_args(argv=None):
     add("--dry_run", action="store_true", help="a few batches of everything, in a temporary folder or in --out_dir")
     add("--resume", action="store_true", help="continue the run in its folder, with the settings that it has")
     add("--sample", type=int, metavar="N", help="write N samples of the trained model to samples.npz and samples.png")
+    add("--score", type=Path, metavar="FILE", default=argparse.SUPPRESS, help="measure the images in an .npz file")
     args = parser.parse_args(argv)
     for name, low in (("latent_dim", 2), ("epochs", 1), ("batch_size", 2), ("lr", 1e-9), ("seed", 0), ("sample", 1)):
         if getattr(args, name) is not None and not low <= getattr(args, name) < 2 ** 31:
@@ -351,6 +335,23 @@ def write_samples(args):
     np.savez_compressed(run_dir(args) / "samples.npz", samples=samples)
     save_grid(samples[:100] / 255, run_dir(args) / "samples.png", nrow=10)
     print(f"{args.sample} samples are in {run_dir(args)}")
+
+
+def write_scores(args):
+    """--score: compare the images in a file with the test images, and, as a reference, training images with these."""
+    try:
+        samples = {name: torch.from_numpy(images).view(-1, 784) for name, images in np.load(args.score).items()}
+    except Exception:  # numpy and torch raise exceptions of many types
+        samples = {}
+    if not samples or any(len(pixels) < 100 or pixels.dtype != torch.uint8 for pixels in samples.values()):
+        raise OSError(f"{args.score} is not an .npz file of at least 100 images, uint8 [N, 28, 28]")
+    data, n = load(args.dataset, args.data_dir), min(10_000, *map(len, samples.values()))
+    samples["training images"], others = data.train.images[:n], data.train.images[n:]
+    classifier = train_classifier(*data.train)
+    scores = {name: score(pixels, classifier, others, data.test.images) for name, pixels in samples.items()}
+    for name, values in scores.items():
+        print(f"{name}: " + "  ".join(f"{key} {np.round(value, 3)}" for key, value in values.items()))
+    args.score.with_name("scores.json").write_text(json.dumps(scores, indent=2) + "\n")
 
 
 def main(args):
@@ -405,9 +406,8 @@ def main(args):
                                averaged, args.save_interval, out_dir)
         if not math.isfinite(loss_D + loss_G + sum(p.sum().item() for p in averaged.parameters())):
             raise FloatingPointError(f"the loss in epoch {epoch} is not finite: start again with a smaller --lr")
-        fid = math.nan  # not measured
-        if epoch in (1, args.epochs) or epoch % FID_EVERY == 0:
-            fid = frechet_distance(classify(classifier, generate(averaged, z))[0], val_features)
+        measured = epoch in (1, args.epochs) or epoch % FID_EVERY == 0
+        fid = frechet_distance(classify(classifier, generate(averaged, z))[0], val_features) if measured else math.nan
         seconds = time.time() - start
         rows.append({"epoch": epoch, "loss_D": loss_D, "loss_G": loss_G, "val_fid": fid, "seconds": seconds,
                      "images_per_s": n_batches * args.batch_size / seconds,
@@ -429,7 +429,6 @@ def main(args):
     save(best.state_dict(), out_dir / "mnist_generator.pt")  # as the template does
     scores, floor = (score(pixels, classifier, train_images, test_images) for pixels in (
         generate(best, noise(len(test_images), args.latent_dim, seed=1)), train_images[:len(test_images)]))
-    interpolation = save_interpolation(best, classifier, out_dir / "interpolation.png")
     save_curves(rows, out_dir / "losses.pdf", val_floor)
     save_samples(best, out_dir / "samples_end.png")
     save(load_checkpoint(out_dir / "best.pt"), out_dir / "weights.pt")
@@ -444,7 +443,8 @@ def main(args):
                "best_epoch": best_row["epoch"], "val_fid": best_row["val_fid"], "val_fid_floor": val_floor, **scores,
                "fid_floor": floor["fid"], "coverage_of_training_images": floor["coverage"],
                "nearest_train_distance_of_test": nearest_distance(test_images[::5], train_images).median().item(),
-               "classifier_test_accuracy": accuracy, "interpolation": interpolation}
+               "classifier_test_accuracy": accuracy,
+               "interpolation": save_interpolation(best, classifier, out_dir / "interpolation.png")}
     (out_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"test: Fréchet distance {scores['fid']:.2f} (training images: {floor['fid']:.2f})")
 
@@ -452,7 +452,7 @@ def main(args):
 if __name__ == "__main__":
     arguments = parse_args()
     try:
-        (write_samples if arguments.sample else main)(arguments)
+        (write_scores if "score" in arguments else write_samples if arguments.sample else main)(arguments)
     except KeyboardInterrupt:
         print(f"interrupted; continue after the last epoch: --resume --out_dir {run_dir(arguments)}", file=sys.stderr)
         sys.exit(130)

@@ -2,6 +2,7 @@
 # ruff: noqa: I001
 
 import copy
+import json
 import math
 
 import numpy as np
@@ -109,7 +110,8 @@ def frozen():
 
 def test_the_gradient_penalty_comes_with_every_sixteenth_batch(monkeypatch):
     calls = []
-    monkeypatch.setattr(a3_gan, "gradient_penalty", lambda *args: calls.append(1) or torch.zeros(()))
+    zero = torch.zeros((), requires_grad=True)
+    monkeypatch.setattr(a3_gan, "gradient_penalty", lambda *args: calls.append(1) or zero)
     for n, expected in ((1, 1), (16, 1), (17, 2), (33, 3)):
         calls.clear()
         train([torch.zeros(2, 1, 28, 28)] * n, Discriminator(), Generator(3), frozen(), frozen())
@@ -236,21 +238,44 @@ def digit_images(n, first_pixels, brightness):
 
 
 def test_score_measures_samples_against_the_test_images(monkeypatch):
-    def classify_by_first_pixel(classifier, pixels):  # features are the next three pixels; 70% sure
-        probabilities = torch.full((len(pixels), 10), 0.3 / 9)
-        probabilities[torch.arange(len(pixels)), pixels[:, 0].long()] = 0.7
+    def classify_by_first_pixel(classifier, pixels):  # features are the next three pixels; every fourth is 95% sure
+        probabilities = torch.full((len(pixels), 10), 0.05 / 9)
+        probabilities[torch.arange(len(pixels)), pixels[:, 0].long()] = 0.89
+        probabilities[::4] += 0.06 * (probabilities[::4] > 0.5)
         return pixels[:, 1:4].float(), probabilities
     monkeypatch.setattr(a3_gan, "classify", classify_by_first_pixel)
     samples, train_images = digit_images(600, [3, 5, 5], 130), digit_images(500, [1], 100)
     test_images = digit_images(400, [0, 1], 110)
     scores = score(samples, None, train_images, test_images)
     assert scores["class_shares"] == pytest.approx([0, 0, 0, 1 / 3, 0, 2 / 3, 0, 0, 0, 0], abs=1e-4)
-    assert scores["classifier_confidence"] == pytest.approx(0.7)
+    assert scores["confident_share"] == pytest.approx(0.25)
     assert scores["fid"] == pytest.approx(3 * 20 ** 2, rel=0.15)  # three features that differ by 20
     assert scores["coverage"] == coverage(test_images[:, 1:4].float(), samples[:, 1:4].float())
     assert scores["coverage"] != coverage(samples[:, 1:4].float(), test_images[:, 1:4].float())
     expected = cdist(samples[::5].numpy() / 255, train_images.numpy() / 255).min(1)
     assert scores["nearest_train_distance"] == pytest.approx(np.sort(expected)[59], rel=1e-3)  # torch's median of 120
+
+
+def test_a_file_of_samples_is_scored_beside_training_images(glyphs_dir, tmp_path, monkeypatch, capsys):
+    data = datasets.load("glyphs", glyphs_dir)
+    monkeypatch.setattr(a3_gan, "train_classifier", lambda *train: torch.equal(train[1], data.train.labels))
+    monkeypatch.setattr(a3_gan, "score", lambda pixels, classifier, train, test: {
+        "fid": pixels.double().mean().item(), "sizes": [*map(len, (pixels, train, test)), classifier]})
+
+    def score_file(**arrays):
+        np.savez(tmp_path / "file.npz", **arrays)
+        flags = ["--dataset", "glyphs", "--data_dir", str(glyphs_dir), "--score", str(tmp_path / "file.npz")]
+        a3_gan.write_scores(a3_gan.parse_args(flags))
+    images = np.full((100, 28, 28), 7, np.uint8)
+    score_file(samples=images, means=images.repeat(2, 0))
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert found["samples"] == {"fid": 7, "sizes": [100, 49_900, 10_000, True]} and found["means"]["sizes"][0] == 200
+    assert found["training images"] == {
+        "fid": data.train.images[:100].double().mean().item(), "sizes": [100, 49_900, 10_000, True]}
+    assert "samples: fid 7.0" in capsys.readouterr().out
+    for bad in ({}, {"x": images / 255}, {"x": images[:, :27]}, {"x": images[:9]}, {"x": np.array([None])}):
+        with pytest.raises(OSError, match="not an .npz file of at least 100 images"):
+            score_file(**bad)
 
 
 def test_slerp_keeps_the_norm_and_goes_by_equal_angles():
