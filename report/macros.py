@@ -67,18 +67,24 @@ def main():
         values["epoch_seconds"] = round(values["train_seconds"] / values["epochs"])
         values["million_parameters"] = values["parameters"] / 1e6
         values["half_epoch"] = (values["epochs"] + 1) // 2
+        if "test_kl" in values:  # so that the numbers add up as they are printed
+            values["test_kl"] = round(values["test_log_p_x_given_z"], 2) - round(values["test_elbo"], 2)
         if prefix == "gan":
+            values["parameters_discriminator"] = values["parameters"] - values["parameters_generator"]
+            values["classifier_percent"] = f"{100 * values['classifier_test_accuracy']:.1f}"
             values["rarest_percent"] = f"{100 * min(values['class_shares']):.1f}"
             path = values["interpolation"]
             values["from_digit"], values["to_digit"] = path["digits"]
             values["from_probability"], values["to_probability"] = (f"{p:.3f}" for p in path["probabilities"])
         if prefix in SEEDS:
             key = SEEDS[prefix]
-            seeds = [values[key]]
+            runs = [values]
             for seed in (1, 2):
                 other = f"{folder}_seed{seed}"
-                seeds.append(read(other, f"{command} --seed {seed} --out_dir ../report/figures/{other}")[0][key])
+                runs.append(read(other, f"{command} --seed {seed} --out_dir ../report/figures/{other}")[0])
+            seeds = [run[key] for run in runs]
             values[f"{key}_mean"], values[f"{key}_std"] = statistics.mean(seeds), statistics.stdev(seeds)
+            values["best_epochs"] = "{}, {} and {}".format(*(run["best_epoch"] for run in runs))
         for key, value in sorted(values.items()):
             if isinstance(value, (str, int, float)) and not isinstance(value, bool):
                 print(rf"\newcommand{{\{macro_name(prefix, key)}}}{{{text(key, value)}}}")
