@@ -5,7 +5,7 @@
 
 Expect less than 1.85 bits per dimension on validation images after 10 to 20 seconds on two CPU cores. Sources: Dinh et
 al. (2017), Density estimation using Real NVP, for affine couplings, masks and scales; Ho et al. (2019), Flow++, for
-couplings by mixtures of logistics.
+mixture couplings.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from datasets import DATA_DIR, DataError, load
 EMA_DECAY = 0.999  # of the averaged weights, per update
 MAX_GRAD_NORM = 1  # gradient clipping: only rare outliers exceed it
 IW_SAMPLES = 8  # draws of the dequantization noise per test image in the importance-weighted bound
-COMMON_LEVELS = 0, 252, 253, 254, 255  # grey levels of 88% of all pixels; mixtures have a component for each
-FIXED_WEIGHT = 1e-3  # of the standard logistic that is added to each mixture
+COMMON_LEVELS = 0, 252, 253, 254, 255  # grey levels of 88% of MNIST's pixels; each is a component of the mixtures
+FIXED_WEIGHT = 1e-3  # of the standard logistic that is a component of every mixture
 TARGET_BPD = 1.85  # question 3.8
 FIGURES = Path(__file__).resolve().parents[1] / "report" / "figures"
 FORMAT = "a3_nf 3"  # of checkpoints; files of another script or version are rejected
@@ -41,7 +41,7 @@ FORMAT = "a3_nf 3"  # of checkpoints; files of another script or version are rej
 
 # ----------------------------------------------------------------------------------------------------------- model
 def log_prior(x):
-    """log p(x) of standard logistic variables: x [B, D] -> [B], nats. If F is the CDF of X, logit F(X) is one."""
+    """log p(x) of standard logistic variables: x [B, D] -> [B], nats. If F is the CDF of X, logit F(X) has this law."""
     return (F.logsigmoid(x) + F.logsigmoid(-x)).sum(1)
 
 
@@ -53,8 +53,8 @@ def sample_prior(size):
 def get_mask(low=2, high=4, distance=1, side=28):
     """Mask of a coupling, [1, side * side]: 1 for pixels that it sees, 0 for those that it changes, -1 for the others.
 
-    In each 2 x 2 block of pixels that are `distance` apart, the ranks are 0 2 / 3 1. Ranks below `low` are seen, ranks
-    from `low` to below `high` are changed. The default is a checkerboard.
+    In each 2 x 2 block, with `distance` from pixel to pixel, the ranks are 0 2 / 3 1. Pixels with rank < low are seen,
+    those with low <= rank < high are changed. The default is a checkerboard.
     """
     row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     remaining = (row % distance == 0) & (column % distance == 0)
@@ -63,8 +63,8 @@ def get_mask(low=2, high=4, distance=1, side=28):
     return torch.where(remaining & (rank < high), (rank < low).long(), -1).view(1, -1)
 
 
-def pixel_tables(mask):
-    """The pixels where a mask [1, D] is 1, and those where it is 0: indices [c, H, W], or lists of pixels, [c]."""
+def pixel_indices(mask):
+    """Indices of the pixels where a mask [1, D] is 1, and of those where it is 0: [c, H, W] each, or as a list [c]."""
     side = math.isqrt(mask.numel())
     for n in filter(lambda n: side % n == 0, range(2, side)):
         images = mask.view(1, side, side), torch.arange(side ** 2).view(1, side, side)
@@ -83,17 +83,18 @@ class Residual(nn.Sequential):
 class Coupling(nn.Module):
     """RealNVP's affine coupling (Dinh et al. 2017, equations 7 and 8): y = x * exp(log_scale) + shift.
 
-    x are the pixels where `mask` is 0; a network computes log_scale and shift from those where it is 1, so that the
+    x is the pixels where `mask` is 0. A network computes log_scale and shift from those where it is 1, so that the
     log-determinant is the sum of log_scale. `features`: [B, c, ...] -> [B, n_features * c, ...], the network's input.
     """
     def __init__(self, c_in, mask, n_hidden=32, n_blocks=2, n_parameters=2, features=lambda z: z, n_features=1):
         super().__init__()
-        seen, changed = pixel_tables(mask)
+        seen, changed = pixel_indices(mask)
         self.register_buffer("seen", seen, persistent=False)  # [c, H, W] or [c]
         self.register_buffer("changed", changed, persistent=False)
         self.features, self.n_parameters = features, n_parameters  # the latter per changed pixel
-        spatial, pointwise = (nn.Linear, nn.Linear) if seen.dim() == 1 else (
-            partial(nn.Conv2d, kernel_size=3, padding=1), partial(nn.Conv2d, kernel_size=1))
+        spatial, pointwise = partial(nn.Conv2d, kernel_size=3, padding=1), partial(nn.Conv2d, kernel_size=1)
+        if seen.dim() == 1:  # a list of pixels, not an image
+            spatial, pointwise = nn.Linear, nn.Linear
         blocks = [Residual(nn.SiLU(), spatial(n_hidden, n_hidden), nn.SiLU(), pointwise(n_hidden, n_hidden))
                   for _ in range(n_blocks)]
         self.net = nn.Sequential(spatial(n_features * len(seen), n_hidden), *blocks, nn.SiLU(),
@@ -118,26 +119,28 @@ class Coupling(nn.Module):
 
 class MixtureCoupling(Coupling):
     """Flow++'s coupling (Ho et al. 2019, section 3.2) without its affine map: y = logit of the CDF of a mixture."""
-    def __init__(self, c_in, mask, components, n_mixtures=8, **options):
+    def __init__(self, c_in, mask, components, n_mixtures=12, **options):
         super().__init__(c_in, mask, n_parameters=3 * n_mixtures + len(COMMON_LEVELS), **options)
         self.components, self.n_mixtures = components, n_mixtures
         bias = self.net[-1].bias.detach().view(self.n_parameters, -1)
-        bias[n_mixtures] = 3  # black, as most pixels are
-        bias[-2 * n_mixtures:-n_mixtures] = torch.linspace(-1, 1, n_mixtures).view(-1, 1)  # equal ones would stay equal
+        bias[n_mixtures] = 3  # the logit of black's weight: most pixels are black
+        bias[-2 * n_mixtures:-n_mixtures] = torch.linspace(-1, 1, n_mixtures).view(-1, 1)  # equal ones would stay so
 
     def map(self, x, parameters, reverse=False):
         logits, mean, log_s = parameters.tensor_split([-2 * self.n_mixtures, -self.n_mixtures], dim=1)
-        mixture = logits, mean, log_s.clamp(-7, 7), self.components
-        x = mixture_logit_inverse(x, *mixture) if reverse else x
-        y, log_det = mixture_logit(x, *mixture)
-        return (x, -log_det) if reverse else (y, log_det)
+        mixture = logits, mean, log_s.clamp(-7, 7), self.components  # bounded, so that nothing overflows
+        if not reverse:
+            return mixture_logit(x, *mixture)
+        x = mixture_logit_inverse(x, *mixture)
+        return x, -mixture_logit(x, *mixture)[1]
 
 
 def mixture_logit(x, logits, mean, log_s, components):
     """h = logit of the CDF of a mixture at x [B, ...], and log dh/dx, each [B, ...].
 
-    It has K logistics, whose mean and log scale are [B, K, ...], and J other `components`; the weights' logits are
-    [B, K + J, ...]. A standard logistic is added with FIXED_WEIGHT, so that the slope is never zero.
+    The mixture is of K logistics, with `mean` and log scale `log_s` [B, K, ...], and J others, whose CDF, survival
+    function and density components(x) returns, [B, J, ...] each. Their weights are the softmax of `logits`
+    [B, K + J, ...]. A standard logistic is mixed in with weight FIXED_WEIGHT, so that the slope is never zero.
     """
     inverse_s = torch.exp(-log_s)
     u = (x.unsqueeze(1) - mean) * inverse_s
@@ -153,8 +156,8 @@ def mixture_logit(x, logits, mean, log_s, components):
 def mixture_logit_inverse(h, logits, mean, log_s, components):
     """The x [B, ...] at which mixture_logit is h, by bisection, to the resolution of the dtype; without gradients."""
     x_k = mean + log_s.exp() * h.unsqueeze(1)  # where each logistic alone has this h; the fixed one has it at h
-    low, high = torch.minimum(h, x_k.amin(1)) - 20, torch.maximum(h, x_k.amax(1)) + 20  # 20: for the other components
-    for _ in range(200):  # at most: about 40 halvings are enough in float32, and 70 in float64
+    low, high = torch.minimum(h, x_k.amin(1)) - 20, torch.maximum(h, x_k.amax(1)) + 20  # 20: enough for `components`
+    for _ in range(200):  # about 40 halvings are enough in float32, and 70 in float64
         x = (low + high) / 2
         if (high - low <= torch.finfo(h.dtype).eps * x.abs().clamp(min=1e-3)).all():
             break
@@ -164,15 +167,16 @@ def mixture_logit_inverse(h, logits, mean, log_s, components):
 
 
 class Flow(nn.Module):
-    """Couplings from fine to coarse: each changes one pixel of every 2 x 2 block, given those not yet changed.
+    """n_flows + 1 couplings, fine to coarse: each changes one pixel of every 2 x 2 block, given those not changed yet.
 
-    Three of them leave an image of half the side, treated likewise. At the end the last mask is used again, inverted.
+    After three of them an image of half the side is left, and treated in the same way. The last coupling has the mask
+    of the one before it, inverted, and changes what is left.
     """
     def __init__(self, shape, n_flows=4, coupling=Coupling, **options):
         super().__init__()
-        self.z_shape = tuple(shape)
+        self.z_shape = tuple(shape)  # [D], for square images of D pixels
         masks = [get_mask(3 - i % 3, 4 - i % 3, 2 ** (i // 3), math.isqrt(shape[0])) for i in range(n_flows)]
-        masks.append(torch.where(masks[-1] < 0, masks[-1], 1 - masks[-1]))
+        masks.append(torch.where(masks[-1] < 0, -1, 1 - masks[-1]))
         self.layers = nn.ModuleList([coupling(shape[0], mask, **options) for mask in masks])
 
     def forward(self, z, logdet, reverse=False):
@@ -194,15 +198,15 @@ class EmpiricalLogit(nn.Module):
         self.fit(torch.arange(256))
 
     def fit(self, images):
-        """Count the levels of images, integers 0..255 of any shape."""
-        count = torch.bincount(images.flatten(), minlength=256) + 1  # so that each has positive probability
+        """Set the shares of the levels to those in images, integers 0..255 of any shape."""
+        count = torch.bincount(images.flatten().cpu(), minlength=256) + 1  # so that each has positive probability
         count[0] = count[1:].sum()
         p, y = count.double() / count.sum(), torch.arange(256)
         self.p.copy_(p)  # the share of each level
         self.cdf.copy_(p.cumsum(0) - p)  # of all levels below it
         self.sf.copy_(p.flip(0).cumsum(0).flip(0) - p)  # of all above it
         self.edges.copy_(p.cumsum(0)[:-1].logit())  # the z between two levels
-        self.table.copy_(torch.stack([(p.cumsum(0) - p / 2).logit(), y / 128 - 1, y == 0, y >= 252]))  # features
+        self.table.copy_(torch.stack([(p.cumsum(0) - p / 2).logit(), y / 128 - 1, y == 0, y >= 252]))  # for features()
 
     def forward(self, y):
         """Grey levels y [B, D] in [0, 256] -> z [B, D], and the log-determinant [B], nats."""
@@ -213,34 +217,29 @@ class EmpiricalLogit(nn.Module):
         return log_cdf - log_sf, (self.p[level].log() - log_cdf - log_sf).sum(1)  # d logit(F) = dF / (F (1 - F))
 
     def level(self, z):
-        """z of any shape -> grey levels, integers from 0 to 255."""
+        """The inverse of the map, rounded down: z of any shape -> grey levels, integers from 0 to 255."""
         return torch.bucketize(z.detach(), self.edges, right=True)
 
-    def inverse(self, z):
-        """z of any shape -> grey levels y in [0, 256]."""
-        level = self.level(z)
-        return level + ((z.sigmoid() - self.cdf[level]) / self.p[level]).clamp(0, 1)
-
     def features(self, z):
-        """Network input, z [B, c, ...] -> [B, 4c, ...]: functions of the level, without the dequantization noise."""
+        """z [B, c, ...] -> network input [B, 4c, ...]: four functions of the level, so that no noise disturbs."""
         return self.table[:, self.level(z)].transpose(0, 1).flatten(1, 2)
 
     def components(self, z):
         """CDF, survival function and density at z [B, ...] of uniform noise on each of the COMMON_LEVELS, [B, J, ...].
 
-        With them a mixture can give black exactly its probability; logistics alone would blur the level's edges.
+        With them a mixture can give black its probability, whatever u is; logistics alone would blur the level's edges.
         """
         level = self.level(z)
         u = ((z.sigmoid() - self.cdf[level]) / self.p[level]).clamp(0, 1)
         du_dz = z.sigmoid() * (-z).sigmoid() / self.p[level]
-        steps = level.unsqueeze(1) - torch.tensor(COMMON_LEVELS, device=z.device).view(-1, *[1] * (z.dim() - 1))
+        steps = torch.stack([level - common for common in COMMON_LEVELS], dim=1)  # [B, J, ...]
         cdf = (steps + u.unsqueeze(1)).clamp(0, 1)
         return cdf, 1 - cdf, (steps == 0) * du_dz.unsqueeze(1)
 
 
 class Model(nn.Module):
-    """Dequantization, the empirical logit, couplings: z = flow(logit(x + u)), where z has the prior."""
-    def __init__(self, shape, n_hidden=32, n_mixtures=8, n_flows=12):
+    """Dequantization, the empirical logit, couplings: z = flow(logit(x + u)), which has the logistic prior."""
+    def __init__(self, shape, n_hidden=32, n_mixtures=12, n_flows=12):
         super().__init__()
         self.logit = EmpiricalLogit()
         mixture = partial(MixtureCoupling, components=self.logit.components, n_mixtures=n_mixtures)
@@ -248,9 +247,9 @@ class Model(nn.Module):
                          features=self.logit.features, n_features=len(self.logit.table))
 
     def dequantize(self, x):
-        """x + u with u uniform in [0, 1), so that a density is a bound: E log p(x + u) <= log P(x) (question 3.4)."""
+        """x + u with u uniform in [0, 1): so the density gives a bound, E log p(x + u) <= log P(x) (question 3.4)."""
         x = x.to(self.logit.p)  # its device and dtype
-        return x + torch.rand_like(x).clamp(max=1 - 2 ** -16)  # 255 + u must not be rounded to 256
+        return x + torch.rand_like(x).clamp(max=1 - 2 ** -16)  # x + u must not be rounded to x + 1
 
     def forward(self, x):
         """x [B, D], integers 0..255 -> log p(x + u) = log p(z) + log |det dz/dx| [B], nats (equation 17)."""
@@ -262,7 +261,7 @@ class Model(nn.Module):
         """Images [n_samples, D], integers 0..255, from noise made on the CPU: a seed gives the same on every device."""
         z = sample_prior((n_samples, *self.flow.z_shape)).to(self.logit.p)
         z, _ = self.flow(z, torch.zeros_like(z[:, 0]), reverse=True)
-        return self.logit.inverse(z).floor().clamp(max=255)
+        return self.logit.level(z)
 
 
 def bits_per_dimension(log_p, D=784):
