@@ -229,14 +229,12 @@ def test_killed_again_and_again_it_ends_like_an_uninterrupted_run(script, common
     assert not list(tmp_path.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("nth", [3, 4])
-def test_a_write_that_breaks_off_leaves_a_checkpoint_that_loads(script, common, tmp_path, monkeypatch, nth):
-    """Files are written in this order: best.pt and checkpoint.pt after epoch 1, the same after epoch 2 if better."""
+def test_a_write_that_breaks_off_leaves_a_checkpoint_that_loads(script, common, tmp_path, monkeypatch):
     writes = []
 
     def break_off(content, file, save=torch.save):
         writes.append(file)
-        if len(writes) == nth:
+        if len(writes) == 3:  # after best.pt and checkpoint.pt of epoch 1
             Path(file).write_bytes(b"PK\x03\x04 half of it")
             raise KeyboardInterrupt
         save(content, file)
@@ -245,10 +243,8 @@ def test_a_write_that_breaks_off_leaves_a_checkpoint_that_loads(script, common, 
     with pytest.raises(KeyboardInterrupt):
         start(script, "--dry_run", *common, *script.flags, "--out_dir", tmp_path)
     for name in ("checkpoint.pt", "best.pt"):
-        if (tmp_path / name).exists():
-            script.module.load_model(tmp_path / name)
-    if nth > 2:
-        assert len(load(tmp_path / "checkpoint.pt")["rows"]) in (1, 2)
+        script.module.load_model(tmp_path / name)
+    assert len(load(tmp_path / "checkpoint.pt")["rows"]) == 1
 
 
 def test_a_new_run_keeps_the_checkpoint_of_an_unfinished_one(script, common, finished, tmp_path, monkeypatch, capsys):
@@ -377,10 +373,6 @@ def test_glyphs_have_a_folder_of_their_own(script):
         args = script.module.parse_args([*map(str, script.flags), "--dataset", dataset, "--device", "cpu"])
         assert script.module.run_dir(args) == figures / (script.run_dir + suffix)
     assert script.module.run_dir(script.module.parse_args(["--out_dir", "x"])) == Path("x")
-
-
-def test_torch_distributions_is_not_used(script):
-    assert "torch.distributions" not in (CODE / f"{script.name}.py").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------- real MNIST
