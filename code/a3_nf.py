@@ -230,11 +230,11 @@ class EmpiricalLogit(nn.Module):
         With them a mixture can give black its probability, whatever u is; logistics alone would blur the level's edges.
         """
         level = self.level(z)
-        u = ((z.sigmoid() - self.cdf[level]) / self.p[level]).clamp(0, 1)
-        du_dz = z.sigmoid() * (-z).sigmoid() / self.p[level]
+        p, at_z, above_z = self.p[level], z.sigmoid(), (-z).sigmoid()
+        u, rest = (at_z - self.cdf[level]) / p, (above_z - self.sf[level]) / p  # rest = 1 - u, exact near u = 1
         steps = torch.stack([level - common for common in COMMON_LEVELS], dim=1)  # [B, J, ...]
-        cdf = (steps + u.unsqueeze(1)).clamp(0, 1)
-        return cdf, 1 - cdf, (steps == 0) * du_dz.unsqueeze(1)
+        cdf, sf, density = (x.clamp(min=0).unsqueeze(1) * (steps == 0) for x in (u, rest, at_z * above_z / p))
+        return cdf + (steps > 0), sf + (steps < 0), density
 
 
 class Model(nn.Module):

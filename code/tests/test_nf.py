@@ -118,11 +118,11 @@ def test_mixture_logit_against_scipy(log_s):
          ).sum(1) for logistic, uniform, factor in ((stats.logistic.cdf, stats.uniform.cdf, 1),
                                           (stats.logistic.sf, stats.uniform.sf, 1),
                                           (stats.logistic.pdf, stats.uniform.pdf, slope)))
-    assert h.flatten().numpy() == pytest.approx(np.log(cdf / sf), abs=1e-8)
+    assert h.flatten().numpy() == pytest.approx(np.log(cdf / sf), abs=1e-8)  # y is rounded
     assert log_slope.flatten().numpy() == pytest.approx(np.log(pdf / cdf / sf), abs=1e-8)
 
 
-@pytest.mark.parametrize("dtype, accuracy", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("dtype, accuracy", [(torch.float32, 2e-6), (torch.float64, 1e-14)])
 def test_mixture_logit_is_inverted_far_out_and_between_narrow_components(dtype, accuracy):
     x = torch.cat([6 * normal(5000), torch.linspace(-30, 30, 5000)]).to(dtype).view(-1, 1)
     parameters = [p.to(dtype) for p in (normal(10_000, 13, 1), 5 * normal(10_000, 8, 1, seed=1),
@@ -348,7 +348,7 @@ def test_it_learns(trained):
     assert (means.diff(dim=0).abs() > 0.05).all()  # the components have not become one
 
 
-@pytest.mark.parametrize("dtype, accuracy", [(torch.float32, 0.9), (torch.float64, 1e-3)])
+@pytest.mark.parametrize("dtype, accuracy", [(torch.float32, 0.4), (torch.float64, 1e-4)])
 @torch.no_grad()
 def test_invertible_both_ways_after_training_and_at_extreme_inputs(trained, dtype, accuracy):
     model, x = copy.deepcopy(trained[0]).to(dtype), trained[1]
@@ -358,7 +358,7 @@ def test_invertible_both_ways_after_training_and_at_extreme_inputs(trained, dtyp
         z, ldj = encode(model, x + u)
         assert z.isfinite().all() and ldj.isfinite().all()
         assert (decode(model, z) - x - u).abs().max() < accuracy  # in grey levels
-    z = sample_prior((50, 784)).to(dtype)
+    z = sample_prior((100, 784)).to(dtype)
     y = decode(model, z)
     back, ldj = encode(model, y)
     inside = ((y % 1 > 1e-3) & (y % 1 < 1 - 1e-3)).all(1)  # so that no level is rounded to the next
