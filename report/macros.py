@@ -4,11 +4,14 @@
 
 Each entry of figures/<run>/results.json becomes a macro, named after the run and the entry: test_elbo of vae_z20 is
 \\vaeTestElbo. Entries of the last row of metrics.csv get "Last": \\nfLastTrainBpd; mean and standard deviation over
-three seeds get "Mean" and "Std": \\ganFidMean. Needs nothing but Python.
+three seeds get "Mean" and "Std": \\ganFidMean. Times are those of the median epoch, as others may use the machine as
+well. What `python a3_gan.py --score` says of a run's samples.npz, in scores.json, becomes \\nfSamplesFid and
+\\nfTrainingImagesFid. Needs nothing but Python.
 """
 
 import csv
 import json
+import math
 import re
 import statistics
 import sys
@@ -20,7 +23,7 @@ RUNS = {  # prefix of the macros: folder, and the command that fills it
     "gan": ("gan", "python a3_gan.py --n_epochs 200"),
     "nf": ("nf", "python a3_nf.py"),
 }
-SEEDS = {"vae": "test_elbo", "gan": "fid", "nf": "test_bpd"}  # also with --seed 1 and 2, in vae_z20_seed1 and so on
+SEEDS = {"vae": "test_elbo", "gan": "fid"}  # also with --seed 1 and 2, in vae_z20_seed1 and so on
 DIGITS = ["Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine"]
 
 
@@ -38,6 +41,8 @@ def text(key, value):
         return f"{value:,}".replace(",", r"\,") if value >= 10_000 else str(value)
     if key == "lr":
         return f"{value:g}"
+    if key.endswith("share"):
+        return rf"{100 * value:.0f}\%"
     digits = 2
     if value > 100 or key == "seconds_to_1_85":
         digits = 0
@@ -47,24 +52,29 @@ def text(key, value):
 
 
 def read(folder, command):
-    """The results of a run, and the last row of its metrics."""
+    """The results of a run, and the rows of its metrics."""
     folder = Path(__file__).resolve().parent / "figures" / folder
     try:
         results = json.loads((folder / "results.json").read_text())
-        *_, last = csv.DictReader((folder / "metrics.csv").read_text().splitlines())
-        if int(last["epoch"]) != results["epochs"] or results["dataset"] != "mnist":
+        rows = [*csv.DictReader((folder / "metrics.csv").read_text().splitlines())]
+        if int(rows[-1]["epoch"]) != results["epochs"] or results["dataset"] != "mnist":
             raise ValueError("a run that is not finished, or not on MNIST")
     except (OSError, ValueError, LookupError) as error:
         sys.exit(f"macros.py: error: no results in {folder} ({error}): make them in code/ with {command}")
-    return results, last
+    return results, rows
 
 
 def main():
     for prefix, (folder, command) in RUNS.items():
-        results, last = read(folder, command)
-        values = {**results.pop("flags", {}), **results, **{f"last_{key}": float(x) for key, x in last.items() if x}}
-        values["train_minutes"] = round(values["train_seconds"] / 60)
-        values["epoch_seconds"] = round(values["train_seconds"] / values["epochs"])
+        results, rows = read(folder, command)
+        last = {f"last_{key}": float(value) for key, value in rows[-1].items() if value}
+        values = {**results.pop("flags", {}), **results, **last}
+        epoch_seconds = statistics.median(float(row["seconds"]) for row in rows)
+        values["epoch_seconds"] = round(epoch_seconds)
+        values["train_minutes"] = round(epoch_seconds * values["epochs"] / 60)
+        scores = Path(__file__).resolve().parent / "figures" / folder / "scores.json"
+        for name, entries in json.loads(scores.read_text()).items() if scores.exists() else ():
+            values.update({f"{name.replace(' ', '_')}_{key}": value for key, value in entries.items()})
         values["million_parameters"] = values["parameters"] / 1e6
         values["half_epoch"] = (values["epochs"] + 1) // 2
         if "test_kl" in values:  # so that the numbers add up as they are printed
@@ -76,6 +86,8 @@ def main():
             path = values["interpolation"]
             values["from_digit"], values["to_digit"] = path["digits"]
             values["from_probability"], values["to_probability"] = (f"{p:.3f}" for p in path["probabilities"])
+        if prefix == "nf":  # bits per dimension to nats per image
+            values["gap_nats"] = (values["val_bpd"] - values["last_train_bpd"]) * 784 * math.log(2)
         if prefix in SEEDS:
             key = SEEDS[prefix]
             runs = [values]
