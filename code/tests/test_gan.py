@@ -13,8 +13,7 @@ from scipy.spatial.distance import cdist
 import a3_gan
 import datasets
 from a3_gan import (Discriminator, Generator, classify, coverage, discriminator_loss, frechet_distance, generate,
-                    generator_loss, gradient_penalty, noise, score, slerp, to_images, train,
-                    train_classifier)
+                    generator_loss, gradient_penalty, noise, score, slerp, to_images, train, train_classifier)
 
 
 @pytest.mark.parametrize("latent_dim", [2, 100])
@@ -68,7 +67,6 @@ def test_gradient_penalty_against_finite_differences():
 # -------------------------------------------------------------------------------------------------------- training
 class Recorder:
     """An optimizer that changes nothing, and notes its gradients and whether the other network's have changed."""
-
     def __init__(self, own, other):
         self.own, self.other, self.seen, self.others = own, other, [], []
 

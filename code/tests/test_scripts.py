@@ -144,9 +144,7 @@ def test_load_model_takes_each_of_the_three_files(script, finished):
             assert content.keys() == {"format", "averaged", *script.setting}
     assert is_same(load(finished / "best.pt"), load(finished / "weights.pt"))
     if script.module is a3_gan:
-        generator = a3_gan.Generator(7)
-        generator.load_state_dict(load(finished / "mnist_generator.pt"))
-        assert is_same(dict(generator.state_dict()), content["averaged"])
+        assert is_same(load(finished / "mnist_generator.pt"), content["averaged"])
 
 
 def test_best_weights_are_those_of_the_best_epoch(script, common, tmp_path, monkeypatch):
@@ -290,8 +288,16 @@ def test_sample_needs_nothing_but_weights(script, finished, tmp_path, capsys):
     assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
     assert {path.name for path in tmp_path.iterdir()} == {"weights.pt", "samples.npz", "samples.png"}
     image = 255 - np.asarray(Image.open(tmp_path / "samples.png"))[..., 0]  # 5 images of 84 pixels, 2 between them
-    tiles = [image[3:86:3, 86 * i + 3:86 * i + 86:3] for i in range(5)]
-    assert np.array_equal(tiles, drawn[2])
+    assert np.array_equal([image[3:86:3, 86 * i + 3:86 * i + 86:3] for i in range(5)], drawn[2])
+
+
+def test_committed_weights_draw_the_committed_samples(script, tmp_path):
+    folder = script.module.run_dir(script.module.parse_args(["--device", "cpu"]))
+    if not (folder / "weights.pt").exists():
+        pytest.skip(f"no weights in {folder}")
+    script.module.save_samples(script.module.load_model(folder / "weights.pt"), tmp_path / "samples_end.png")
+    drawn, committed = (np.asarray(Image.open(f / "samples_end.png")).astype(int) for f in (tmp_path, folder))
+    assert (abs(drawn - committed) > 4).mean() < 0.003  # rounding differs between machines
 
 
 def test_help_is_grouped_and_shows_defaults(script, capsys):
@@ -321,12 +327,8 @@ def test_a_bad_flag_is_named_in_one_line(script, capsys, argv, monkeypatch):
     assert stop.value.code == 2 and err.count("\n") == 1 and argv[0] in err and "error: " in err
 
 
-class Evil:
+class Evil(namedtuple("Evil", "path")):
     """Its pickle creates a file when it is loaded without weights_only=True."""
-
-    def __init__(self, path):
-        self.path = path
-
     def __reduce__(self):
         return Path.touch, (self.path,)
 
@@ -388,7 +390,6 @@ def test_on_real_mnist(script, tmp_path, monkeypatch):
     monkeypatch.setattr(a3_vae, "IW_SAMPLES", 2)
     start(script, "--epochs", 1, "--dataset", "mnist", "--data_dir", mnist_dir(), "--out_dir", tmp_path)
     found = results(tmp_path)
-    assert found["dataset"] == "mnist"
     if script.module is a3_vae:
         assert found["binarization"] == "larochelle" and -130 < found["test_elbo"] < found["test_log_px"] < -90
     if script.module is a3_gan:

@@ -131,7 +131,6 @@ def test_gradients_reach_the_encoder_through_the_reparametrization(monkeypatch):
 
 class MeanPixel(torch.nn.Module):
     """A stand-in for a model: its bits per dimension, or minus its ELBO, are a weight times the mean pixel."""
-
     def __init__(self, module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(()))
