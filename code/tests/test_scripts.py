@@ -390,6 +390,7 @@ def test_on_real_mnist(script, tmp_path, monkeypatch):
     monkeypatch.setattr(a3_vae, "IW_SAMPLES", 2)
     start(script, "--epochs", 1, "--dataset", "mnist", "--data_dir", mnist_dir(), "--out_dir", tmp_path)
     found = results(tmp_path)
+    assert found["dataset"] == "mnist"
     if script.module is a3_vae:
         assert found["binarization"] == "larochelle" and -130 < found["test_elbo"] < found["test_log_px"] < -90
     if script.module is a3_gan:
