@@ -356,12 +356,12 @@ def test_invertible_both_ways_after_training_and_at_extreme_inputs(trained, dtyp
     x = torch.stack([*x[:10], torch.zeros(784), torch.full((784,), 255), torch.arange(784) % 2 * 255]).to(dtype)
     for u in (0.001, 0.5, 0.999):
         z, ldj = encode(model, x + u)
-        assert z.isfinite().all() and ldj.isfinite().all()
-        error = (decode(model, z) - x - u).abs()  # in grey levels; in float32 the flow may be too flat at the extremes
-        assert error[:10 if dtype == torch.float32 else 13].max() < accuracy
+        error = ((y := decode(model, z)) - x - u).abs()  # in grey levels; float32 misses some where the flow is flat
+        n = 10 if dtype == torch.float32 else 13
+        assert z.isfinite().all() and ldj.isfinite().all() and error[:n].max() < accuracy
+        assert torch.minimum(error, (encode(model, y)[0] - z).abs()).max() < accuracy  # there z agrees
     z = sample_prior((100, 784)).to(dtype)
-    y = decode(model, z)
-    back, ldj = encode(model, y)
+    back, ldj = encode(model, y := decode(model, z))
     inside = ((y % 1 > 1e-3) & (y % 1 < 1 - 1e-3)).all(1)  # so that no level is rounded to the next
     assert y.min() >= 0 and y.max() <= 256 and back.isfinite().all() and ldj.isfinite().all()
     assert inside.sum() >= 10 and (back - z)[inside].abs().max() < accuracy
