@@ -300,11 +300,10 @@ def epoch_iter(model, data, optimizer, schedule=None, averaged=None):
 
 def run_epoch(model, data, optimizer, schedule=None, averaged=None):
     """Train on data[0], then evaluate data[1] with the averaged weights, if given. Returns both averages."""
-    traindata, valdata = data
     model.train()
-    train_bpd = epoch_iter(model, traindata, optimizer, schedule, averaged)
+    train_bpd = epoch_iter(model, data[0], optimizer, schedule, averaged)
     model.eval()
-    return train_bpd, epoch_iter(model if averaged is None else averaged, valdata, optimizer)
+    return train_bpd, epoch_iter(model if averaged is None else averaged, data[1], optimizer)
 
 
 def time_to_target(batches, model, images, reached):
