@@ -87,10 +87,12 @@ def test_loss_and_gradient_are_unbiased_estimates():
     weights = torch.exp(-0.5 * eps[:, 0] ** 2) / math.sqrt(2 * math.pi) * 14 / 2000
     loss = (kl_divergence(mean, std) - (recon * weights).sum()).squeeze()
     expected = torch.cat([loss.view(1), *torch.autograd.grad(loss, bias)])
-    losses = [model(x.expand(200, -1)) for _ in range(30)]
+    losses = [model(x.expand(400, -1)) for _ in range(30)]
     estimates = torch.stack([torch.cat([loss.view(1), *torch.autograd.grad(loss, bias)]) for loss in losses])
     assert ((estimates.mean(0) - expected).abs() < 5 * estimates.std(0) / 30 ** 0.5).all()
     assert recon.std() > 0.1 and expected[1:].abs().min() > 0.05  # so that the test is not about a constant
+    model(x).backward()
+    assert all(p.grad.abs().max() > 0 for p in model.encoder.parameters())  # it reaches every layer
 
 
 @torch.no_grad()
