@@ -151,6 +151,7 @@ def test_best_weights_are_those_of_the_best_epoch(script, common, tmp_path, monk
     """The first of two epochs is made the best one, after which the weights must be kept."""
     monkeypatch.setattr(a3_vae, "IW_SAMPLES", 1)
     monkeypatch.setattr(a3_gan, "FID_EVERY", 1)
+    monkeypatch.setattr(a3_gan, "BATCH_NORM_EPOCHS", 1)
     seen = []
 
     def spy(content, path, save=script.module.save):
@@ -169,6 +170,8 @@ def test_best_weights_are_those_of_the_best_epoch(script, common, tmp_path, monk
     assert results(tmp_path)["best_epoch"] == 1 and results(tmp_path)[script.curve] == 5
     best, last, weights = (load(tmp_path / f"{name}.pt")["averaged"] for name in ("best", "checkpoint", "weights"))
     assert is_same(best, weights) and not is_same(best, last)
+    if script.module is a3_gan:  # batch norm has seen the three batches of the first epoch, and is frozen in the second
+        assert load(tmp_path / "checkpoint.pt")["generator"]["net.1.num_batches_tracked"] == 3
 
 
 def test_another_seed_gives_other_numbers(script, common, finished, tmp_path, monkeypatch):
@@ -284,7 +287,7 @@ def test_sample_needs_nothing_but_weights(script, finished, tmp_path, capsys):
         assert run(script, capsys, "--sample", 5, "--device", "cpu", "--out_dir", tmp_path, "--seed", seed) == (0, "")
         with np.load(tmp_path / "samples.npz") as arrays:
             drawn.append(arrays["samples"])
-    assert drawn[0].dtype == np.uint8 and drawn[0].shape == (5, 28, 28) and drawn[0].std() > 10
+    assert drawn[0].dtype == np.uint8 and drawn[0].shape == (5, 28, 28) and drawn[0].std() > 5
     assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
     assert {path.name for path in tmp_path.iterdir()} == {"weights.pt", "samples.npz", "samples.png"}
     image = 255 - np.asarray(Image.open(tmp_path / "samples.png"))[..., 0]  # 5 images of 84 pixels, 2 between them
@@ -293,8 +296,6 @@ def test_sample_needs_nothing_but_weights(script, finished, tmp_path, capsys):
 
 def test_committed_weights_draw_the_committed_samples(script, tmp_path):
     folder = script.module.run_dir(script.module.parse_args(["--device", "cpu"]))
-    if not (folder / "weights.pt").exists():
-        pytest.skip(f"no weights in {folder}")
     script.module.save_samples(script.module.load_model(folder / "weights.pt"), tmp_path / "samples_end.png")
     drawn, committed = (np.asarray(Image.open(f / "samples_end.png")).astype(int) for f in (tmp_path, folder))
     assert (abs(drawn - committed) > 4).mean() < 0.003  # rounding differs between machines
@@ -309,7 +310,7 @@ def test_help_is_grouped_and_shows_defaults(script, capsys):
                  "--dry_run", "--resume", "--sample", script.flags[0]):
         assert flag in text
     defaults = script.module.parse_args([])
-    assert text.count("(default: ") >= 7 and f"(default: {defaults.lr})" in text and "model and training:" in text
+    assert text.count("(default: ") >= 7 and f"(default: {defaults.lr}" in text and "model and training:" in text
     assert defaults.seed == 42 and defaults.epochs == (200 if script.module is a3_gan else 40)
     assert script.module.parse_args(["--n_epochs", "3"]).epochs == 3 or script.module is not a3_gan
 
