@@ -381,7 +381,7 @@ def test_glyphs_have_a_folder_of_their_own(script):
 # ---------------------------------------------------------------------------------------------------------- real MNIST
 @needs_mnist
 def test_on_real_mnist(script, tmp_path, monkeypatch):
-    """One epoch, of the flow on a tenth of the images."""
+    """One epoch (two of the GAN, which needs them for digits), of the flow on a tenth of the images."""
     def load_less(*args, load=a3_nf.load):
         data = load(*args)
         train, val, test = (split._replace(images=split.images[:n]) for split, n in zip(
@@ -389,13 +389,13 @@ def test_on_real_mnist(script, tmp_path, monkeypatch):
         return data._replace(train=train, val=val, test=test)
     monkeypatch.setattr(a3_nf, "load", load_less)
     monkeypatch.setattr(a3_vae, "IW_SAMPLES", 2)
-    start(script, "--epochs", 1, "--dataset", "mnist", "--data_dir", mnist_dir(), "--out_dir", tmp_path)
-    found = results(tmp_path)
-    assert found["dataset"] == "mnist"
+    epochs = 2 if script.module is a3_gan else 1
+    start(script, "--epochs", epochs, "--dataset", "mnist", "--data_dir", mnist_dir(), "--out_dir", tmp_path)
+    assert (found := results(tmp_path))["dataset"] == "mnist"
     if script.module is a3_vae:
         assert found["binarization"] == "larochelle" and -130 < found["test_elbo"] < found["test_log_px"] < -90
     if script.module is a3_gan:
         assert found["classifier_test_accuracy"] > 0.985 and 0.3 < found["fid_floor"] < 2
-        assert found["fid"] < 100 and found["coverage"] > 0.1 and min(found["class_shares"]) > 0.01
+        assert found["fid"] < 60 and found["coverage"] > 0.1 and min(found["class_shares"]) > 0.01
     if script.module is a3_nf:
         assert 1 < found["test_bpd_iw"] < found["test_bpd"] < 1.4 and found["seconds_to_1_85"] is not None
