@@ -162,7 +162,7 @@ def test_it_learns():
     def distance():
         return (to_images(generate(generator.eval(), noise(50, 2, seed=0))) - target).abs().mean().item()
     before = distance()
-    train([target.expand(32, -1, -1, -1)] * 60, discriminator, generator, optimizer_G, optimizer_D)
+    train([target.expand(32, -1, -1, -1)] * 60, discriminator, generator.train(), optimizer_G, optimizer_D)
     assert before > 0.9 and distance() < 0.4
 
 

@@ -26,7 +26,7 @@ Script = namedtuple("Script", "module name flags setting files columns curve sig
 SCRIPTS = [
     Script(a3_vae, "a3_vae", ["--zdim", 2, "--batch_size", 16], {"zdim": 2}, {"elbo.pdf", "manifold.png"},
            ["train_elbo", "val_elbo"], "val_elbo", 1, ["test_elbo", "test_log_px", "binarization"], "vae_z2"),
-    Script(a3_gan, "a3_gan", ["--latent_dim", 7, "--batch_size", 16], {"latent_dim": 7},
+    Script(a3_gan, "a3_gan", ["--latent_dim", 7, "--batch_size", 16, "--lr", 2e-3], {"latent_dim": 7},
            {"losses.pdf", "interpolation.png", "mnist_generator.pt"}, ["loss_D", "loss_G", "val_fid"], "val_fid", -1,
            ["fid", "fid_floor", "coverage", "class_shares"], "gan"),
     Script(a3_nf, "a3_nf", ["--n_mixtures", 2, "--batch_size", 8], {"n_mixtures": 2}, {"bpd.pdf"},
@@ -287,7 +287,7 @@ def test_sample_needs_nothing_but_weights(script, finished, tmp_path, capsys):
         assert run(script, capsys, "--sample", 5, "--device", "cpu", "--out_dir", tmp_path, "--seed", seed) == (0, "")
         with np.load(tmp_path / "samples.npz") as arrays:
             drawn.append(arrays["samples"])
-    assert drawn[0].dtype == np.uint8 and drawn[0].shape == (5, 28, 28) and drawn[0].std() > 5
+    assert drawn[0].dtype == np.uint8 and drawn[0].shape == (5, 28, 28) and drawn[0].std() > 10
     assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
     assert {path.name for path in tmp_path.iterdir()} == {"weights.pt", "samples.npz", "samples.png"}
     image = 255 - np.asarray(Image.open(tmp_path / "samples.png"))[..., 0]  # 5 images of 84 pixels, 2 between them
