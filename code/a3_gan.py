@@ -3,7 +3,7 @@
     python a3_gan.py --n_epochs 200                     # figures and results in report/figures/gan
     python a3_gan.py --n_epochs 20 --out_dir gan20      # a tenth of the time
 
-Expect a Fréchet distance to the test images of 1.01 (training images: 0.71), after 42 minutes on two CPU cores.
+Expect a Fréchet distance to the test images of 0.79 (training images: 0.71), after 42 minutes on two CPU cores.
 Sources: Goodfellow et al. (2014), Generative Adversarial Nets; Mescheder et al. (2018) for the gradient penalty; Yazici
 et al. (2019) for averaging the generator; Heusel et al. (2017) for the Fréchet distance and two learning rates.
 """
@@ -32,7 +32,7 @@ from datasets import DATA_DIR, DataError, load
 
 EMA_DECAY = 0.9999  # of the averaged generator, per update
 BATCH_NORM_EPOCHS = 3  # then batch norm's means and variances are frozen, and G is trained as it is evaluated
-R1_GAMMA, R1_EVERY = 3.0, 16  # weight of the gradient penalty, without which D memorises; on every 16th batch only
+R1_GAMMA, R1_EVERY = 10.0, 16  # weight of the gradient penalty, without which D memorises; on every 16th batch only
 FID_EVERY = 5  # epochs between measurements of the Fréchet distance, besides the first and the last
 FIGURES = Path(__file__).resolve().parents[1] / "report" / "figures"
 FORMAT = "a3_gan 3"  # of checkpoints; files of another script or version are rejected
@@ -203,7 +203,7 @@ def score(pixels, classifier, train_images, test_images):
     """Compare samples, uint8 [N, 784], with the test images, in sets of as many, and 2000 with the training images."""
     features, probabilities = classify(classifier, pixels)
     real = classify(classifier, test_images)[0]
-    sets = features.chunk(max(1, len(features) // len(real)))  # one set of 10,000 varies by about 0.1
+    sets = features.chunk(max(1, len(features) // len(real)))  # as one set of 10,000 varies by 0.15
     return {"fid": np.mean([frechet_distance(fake, real) for fake in sets]),
             "coverage": np.mean([coverage(real, fake) for fake in sets]),
             "confident_share": (probabilities.amax(1) > 0.9).double().mean().item(),
@@ -230,7 +230,7 @@ def save_curves(rows, filename, fid_floor):
     fids = {row["epoch"]: row["val_fid"] for row in rows if not math.isnan(row["val_fid"])}
     right.plot(fids.keys(), fids.values(), ".-", label=f"samples (best {min(fids.values()):.2f})")
     right.axhline(fid_floor, color="black", linestyle=":", label=f"training images ({fid_floor:.2f})")
-    right.set(xlabel="epoch", ylabel="Fréchet distance", yscale="log")
+    right.set(xlabel="epoch", ylabel="Fréchet distance", ylim=(0, 2.5 * max(fid_floor, min(fids.values()))))
     for axes in (left, right):
         axes.legend()
     figure.savefig(filename)
@@ -428,7 +428,7 @@ def main(args):
     best = load_model(out_dir / "best.pt")
     save(best.state_dict(), out_dir / "mnist_generator.pt")  # as the template does
     scores, floor = (score(pixels, classifier, train_images, test_images) for pixels in (
-        generate(best, noise(len(train_images), args.latent_dim, seed=1)), train_images))
+        generate(best, noise(4 * len(train_images), args.latent_dim, seed=1)), train_images))
     save_curves(rows, out_dir / "losses.pdf", val_floor)
     save_samples(best, out_dir / "samples_end.png")
     save(load_checkpoint(out_dir / "best.pt"), out_dir / "weights.pt")
