@@ -23,7 +23,7 @@ RUNS = {  # prefix of the macros: folder, and the command that fills it
     "gan": ("gan", "python a3_gan.py --n_epochs 200"),
     "nf": ("nf", "python a3_nf.py"),
 }
-SEEDS = {"vae": "test_elbo", "vaeTwo": "test_elbo"}  # also with --seed 1 and 2, in vae_z20_seed1 and so on
+SEEDS = {"vae": "test_elbo", "vaeTwo": "test_elbo", "gan": "fid"}  # also with --seed 1 and 2, in vae_z20_seed1 and so on
 DIGITS = ["Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine"]
 
 
@@ -96,6 +96,7 @@ def main():
                 runs.append(read(other, f"{command} --seed {seed} --out_dir ../report/figures/{other}")[0])
             seeds = [run[key] for run in runs]
             values[f"{key}_mean"], values[f"{key}_std"] = statistics.mean(seeds), statistics.stdev(seeds)
+            values["best_epochs"] = "{}, {} and {}".format(*(run["best_epoch"] for run in runs))
         for key, value in sorted(values.items()):
             if isinstance(value, (str, int, float)) and not isinstance(value, bool):
                 print(rf"\newcommand{{\{macro_name(prefix, key)}}}{{{text(key, value)}}}")
