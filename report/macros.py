@@ -23,7 +23,7 @@ RUNS = {  # prefix of the macros: folder, and the command that fills it
     "gan": ("gan", "python a3_gan.py --n_epochs 200"),
     "nf": ("nf", "python a3_nf.py"),
 }
-SEEDS = {"vae": "test_elbo", "vaeTwo": "test_elbo", "gan": "fid"}  # also with --seed 1 and 2, in vae_z20_seed1 and so on
+SEEDS = {"vae": "test_elbo", "vaeTwo": "test_elbo", "gan": "fid"}  # also with --seed 1 and 2, in gan_seed1 and so on
 DIGITS = ["Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine"]
 
 
