@@ -87,7 +87,7 @@ class VAE(nn.Module):
         mean, std = self.encoder(x)
         z = mean + std * torch.randn_like(std)  # the reparametrization trick, question 1.11
         log_p_x_z = log_p_x_given_z(x, self.decoder.logits(z))
-        # the KL's gradient through z alone is unbiased and less noisy (Roeder et al. 2017), but for z_dim <= 2 trains worse
+        # the KL's gradient through z alone is less noisy (Roeder et al. 2017), but with z_dim <= 2 it trains worse
         kl = log_q_over_p(z, mean.detach(), std.detach()) if self.z_dim > 2 else kl_divergence(mean, std)  # [B]
         return (kl - log_p_x_z).mean()
 
