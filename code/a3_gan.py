@@ -180,7 +180,7 @@ def frechet_distance(a, b):
     """|mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of features [N, d] (Heusel et al. 2017, equation 6)."""
     a, b = a.double().numpy(), b.double().numpy()
     S_a, S_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    trace_root = np.sqrt(np.linalg.eigvals(S_a @ S_b).real.clip(min=0)).sum()  # the eigenvalues' roots are the root's
+    trace_root = np.sqrt(np.linalg.eigvals(S_a @ S_b).real.clip(min=0)).sum()  # the sum of the root's eigenvalues
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(S_a) + np.trace(S_b) - 2 * trace_root)
 
 
@@ -238,8 +238,7 @@ def save_curves(rows, filename, fid_floor):
 
 def save_grid(images, filename, nrow):
     """Write images [N, 784] in [0, 1] as a grid, `nrow` in a row, black on white, three times enlarged."""
-    images = 1 - images.detach().float().cpu().view(-1, 1, 28, 28)
-    images = images.repeat_interleave(3, dim=2).repeat_interleave(3, dim=3)  # [N, 1, 84, 84]
+    images = F.interpolate(1 - images.detach().float().cpu().view(-1, 1, 28, 28), scale_factor=3)  # [N, 1, 84, 84]
     save_image(images, filename, nrow=nrow, padding=2, pad_value=0.8)
 
 
@@ -252,7 +251,7 @@ def save_interpolation(generator, classifier, filename):
     """Nine images on the most even of the 45 paths between the digits (question 2.7). Returns what is at its ends."""
     z = noise(1000, generator.latent_dim, seed=2)
     probabilities = classify(classifier, generate(generator, z))[1].numpy()             # [1000, 10]
-    samples, digits = linear_sum_assignment(probabilities, maximize=True)               # the surest of each digit
+    samples, digits = linear_sum_assignment(probabilities, maximize=True)               # a sure sample of each digit
     pairs = list(itertools.combinations(range(10), 2))
     paths = [generate(generator, slerp(z[samples[i]], z[samples[j]])) for i, j in pairs]  # [9, 784] each
     steps = torch.stack([path.float().diff(dim=0).norm(dim=1) for path in paths])       # [45, 8]
@@ -277,7 +276,7 @@ def load_checkpoint(path):
             return content
     except Exception:  # torch raises exceptions of many types
         pass
-    raise OSError(f"{path} is missing, damaged or of another version: train first, or give its --out_dir")
+    raise OSError(f"{path} is missing, damaged or of another version: train first, or set --out_dir")
 
 
 def load_model(checkpoint, device="cpu"):
@@ -296,7 +295,7 @@ def parse_args(argv=None):
     add("--latent_dim", type=int, default=100, help="dimensions of the noise z (default: %(default)s)")
     add("--epochs", "--n_epochs", type=int, default=200, help="passes over the training images (default: %(default)s)")
     add("--batch_size", type=int, default=64, help="images per update (default: %(default)s)")
-    add("--lr", type=float, default=1e-3, help="first learning rate of G; D has half (default: %(default)s)")
+    add("--lr", type=float, default=1e-3, help="G's first learning rate; D's is half (default: %(default)s)")
     add("--seed", type=int, default=42, help="seed of weights, image order and noise (default: %(default)s)")
     add("--device", help="cpu, cuda or mps (default: %(default)s)", default="cuda" if torch.cuda.is_available() else
         "mps" if torch.backends.mps.is_available() else "cpu")
@@ -308,7 +307,7 @@ def parse_args(argv=None):
     add("--save_interval", type=int, default=0, help="draw samples every so many batches (default: never)")
     add = parser.add_argument_group("instead of a full new run").add_mutually_exclusive_group().add_argument
     add("--dry_run", action="store_true", help="a few batches of everything, in a temporary folder or in --out_dir")
-    add("--resume", action="store_true", help="continue the run in its folder, with the settings that it has")
+    add("--resume", action="store_true", help="continue the run in its folder, with its own settings")
     add("--sample", type=int, metavar="N", help="write N samples of the trained model to samples.npz and samples.png")
     add("--score", type=Path, metavar="FILE", default=argparse.SUPPRESS, help="measure the images in an .npz file")
     args = parser.parse_args(argv)
@@ -345,7 +344,7 @@ def write_scores(args):
     if not samples or any(len(pixels) < 100 or pixels.dtype != torch.uint8 for pixels in samples.values()):
         raise OSError(f"{args.score} is not an .npz file of at least 100 images, uint8 [N, 28, 28]")
     data, n = load(args.dataset, args.data_dir), max(map(len, samples.values()))
-    samples["training images"], others = data.train.images[:n], data.train.images[2000:]  # none of the 2000 of score
+    samples["training images"], others = data.train.images[:n], data.train.images[2000:]  # none is its own nearest
     classifier = train_classifier(*data.train)
     scores = {name: score(pixels, classifier, others, data.test.images) for name, pixels in samples.items()}
     for name, values in scores.items():
@@ -357,11 +356,13 @@ def main(args):
     checkpoint = load_checkpoint(run_dir(args) / "checkpoint.pt") if args.resume else None
     vars(args).update({**checkpoint["settings"], "out_dir": run_dir(args)} if checkpoint else {})
     data = load(args.dataset, args.data_dir)
-    args.dataset = data.name  # no longer auto
+    if getattr(args, "dataset_md5", data.md5) != data.md5:  # that of the checkpoint
+        raise DataError(f"the images differ from those that the run in {run_dir(args)} began with: start again")
+    args.dataset, args.dataset_md5 = data.name, data.md5  # no longer auto
     (train_images, train_labels), (val_images, _), (test_images, test_labels) = data.train, data.val, data.test
     if args.dry_run:
         args.epochs, args.out_dir = min(args.epochs, 2), args.out_dir or Path(tempfile.mkdtemp(prefix="a3_gan_"))
-        train_images, train_labels = train_images[:3 * args.batch_size], train_labels[:3 * args.batch_size]
+        train_images, train_labels = train_images[:4 * args.batch_size], train_labels[:4 * args.batch_size]
         val_images, test_images, test_labels = val_images[:200], test_images[:200], test_labels[:200]
     settings = {k: v for k, v in vars(args).items() if k not in ("device", "data_dir", "out_dir", "resume", "sample")}
     out_dir = args.out_dir = run_dir(args)
@@ -427,8 +428,8 @@ def main(args):
     best_row = min((row for row in rows if not math.isnan(row["val_fid"])), key=lambda row: row["val_fid"])
     best = load_model(out_dir / "best.pt")
     save(best.state_dict(), out_dir / "mnist_generator.pt")  # as the template does
-    scores, floor = (score(pixels, classifier, train_images, test_images) for pixels in (
-        generate(best, noise(4 * len(train_images), args.latent_dim, seed=1)), train_images))
+    samples = generate(best, noise(4 * len(train_images), args.latent_dim, seed=1))
+    scores, floor = (score(pixels, classifier, train_images, test_images) for pixels in (samples, train_images))
     save_curves(rows, out_dir / "losses.pdf", val_floor)
     save_samples(best, out_dir / "samples_end.png")
     save(load_checkpoint(out_dir / "best.pt"), out_dir / "weights.pt")
@@ -437,13 +438,12 @@ def main(args):
         import resource
         peak_memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 ** (1 + (sys.platform == "darwin"))
     accuracy = (classify(classifier, test_images)[1].argmax(1) == test_labels).double().mean().item()
-    results = {**settings, "dataset_md5": data.md5, "device": args.device, "parameters": sum(n_parameters),
-               "parameters_generator": n_parameters[0], "train_seconds": seconds,
+    results = {**settings, "device": args.device, "parameters": sum(n_parameters), "train_seconds": seconds,
+               "parameters_generator": n_parameters[0], "classifier_test_accuracy": accuracy,
                "images_per_s": n_batches * args.batch_size * len(rows) / seconds, "peak_memory_mb": peak_memory_mb,
                "best_epoch": best_row["epoch"], "val_fid": best_row["val_fid"], "val_fid_floor": val_floor, **scores,
                "fid_floor": floor["fid"], "coverage_of_training_images": floor["coverage"],
                "nearest_train_distance_of_test": nearest_distance(test_images[::5], train_images).median().item(),
-               "classifier_test_accuracy": accuracy,
                "interpolation": save_interpolation(best, classifier, out_dir / "interpolation.png")}
     (out_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"test: Fréchet distance {scores['fid']:.2f} (training images: {floor['fid']:.2f})")
@@ -454,7 +454,7 @@ if __name__ == "__main__":
     try:
         (write_scores if "score" in arguments else write_samples if arguments.sample else main)(arguments)
     except KeyboardInterrupt:
-        print(f"interrupted; continue after the last epoch: --resume --out_dir {run_dir(arguments)}", file=sys.stderr)
+        print(f'interrupted; a run continues with --resume --out_dir "{run_dir(arguments)}"', file=sys.stderr)
         sys.exit(130)
     except (DataError, FloatingPointError, OSError) as error:
         sys.exit(f"{Path(__file__).name}: error: {error}")

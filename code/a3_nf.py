@@ -124,7 +124,7 @@ class MixtureCoupling(Coupling):
         self.components, self.n_mixtures = components, n_mixtures
         bias = self.net[-1].bias.detach().view(self.n_parameters, -1)
         bias[n_mixtures] = 3  # the logit of black's weight: most pixels are black
-        bias[-2 * n_mixtures:-n_mixtures] = torch.linspace(-1, 1, n_mixtures).view(-1, 1)  # equal ones would stay so
+        bias[-2 * n_mixtures:-n_mixtures] = torch.linspace(-1, 1, n_mixtures).view(-1, 1)  # equal means stay equal
 
     def map(self, x, parameters, reverse=False):
         logits, mean, log_s = parameters.tensor_split([-2 * self.n_mixtures, -self.n_mixtures], dim=1)
@@ -221,7 +221,7 @@ class EmpiricalLogit(nn.Module):
         return torch.bucketize(z.detach(), self.edges, right=True)
 
     def features(self, z):
-        """z [B, c, ...] -> network input [B, 4c, ...]: four functions of the level, so that no noise disturbs."""
+        """z [B, c, ...] -> network input [B, 4c, ...]: four functions of the level, free of the noise u."""
         return self.table[:, self.level(z)].transpose(0, 1).flatten(1, 2)
 
     def components(self, z):
@@ -258,9 +258,9 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def sample(self, n_samples):
-        """Images [n_samples, D], integers 0..255, from noise made on the CPU: a seed gives the same on every device."""
+        """Images [n_samples, D], integers 0..255. A seed gives the same noise, made on the CPU, on every device."""
         z = sample_prior((n_samples, *self.flow.z_shape)).to(self.logit.p)
-        z, _ = self.flow(z, torch.zeros_like(z[:, 0]), reverse=True)
+        z = torch.cat([self.flow(batch, torch.zeros_like(batch[:, 0]), reverse=True)[0] for batch in z.split(1000)])
         return self.logit.level(z)
 
 
@@ -330,11 +330,10 @@ def evaluate(model, x, k):
 def save_bpd_plot(train_curve, val_curve, filename):
     """Bits per dimension of each epoch (question 3.8): with the hand-out's target of 1.85, and enlarged."""
     figure = Figure(figsize=(6, 2.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    left, right = figure.subplots(1, 2, subplot_kw={"xlabel": "epoch", "ylabel": "bits per dimension"})
     for axes in (left, right):
         for curve, style, name in ((train_curve, ".-", "training"), (val_curve, ".--", "validation")):
             axes.plot(range(1, len(curve) + 1), curve, style, label=f"{name} (last {curve[-1]:.3f})")
-        axes.set(xlabel="epoch", ylabel="bits per dimension")
         axes.grid(alpha=0.3)
     left.axhline(TARGET_BPD, color="black", linestyle=":", label=f"question 3.8: {TARGET_BPD}")
     left.legend()
@@ -343,8 +342,7 @@ def save_bpd_plot(train_curve, val_curve, filename):
 
 def save_grid(images, filename, nrow):
     """Write images [N, 784] in [0, 1] as a grid, `nrow` in a row, black on white, three times enlarged."""
-    images = 1 - images.detach().float().cpu().view(-1, 1, 28, 28)
-    images = images.repeat_interleave(3, dim=2).repeat_interleave(3, dim=3)  # [N, 1, 84, 84]
+    images = F.interpolate(1 - images.detach().float().cpu().view(-1, 1, 28, 28), scale_factor=3)  # [N, 1, 84, 84]
     save_image(images, filename, nrow=nrow, padding=2, pad_value=0.8)
 
 
@@ -369,7 +367,7 @@ def load_checkpoint(path):
             return content
     except Exception:  # torch raises exceptions of many types
         pass
-    raise OSError(f"{path} is missing, damaged or of another version: train first, or give its --out_dir")
+    raise OSError(f"{path} is missing, damaged or of another version: train first, or set --out_dir")
 
 
 def load_model(checkpoint, device="cpu"):
@@ -399,7 +397,7 @@ def parse_args(argv=None):
     add("--out_dir", type=Path, help="folder of the run (default: report/figures/nf, or nf_affine)")
     add = parser.add_argument_group("instead of a full new run").add_mutually_exclusive_group().add_argument
     add("--dry_run", action="store_true", help="a few batches of everything, in a temporary folder or in --out_dir")
-    add("--resume", action="store_true", help="continue the run in its folder, with the settings that it has")
+    add("--resume", action="store_true", help="continue the run in its folder, with its own settings")
     add("--sample", type=int, metavar="N", help="write N samples of the trained model to samples.npz and samples.png")
     args = parser.parse_args(argv)
     for name, low in (("n_mixtures", 0), ("epochs", 1), ("batch_size", 1), ("lr", 1e-9), ("seed", 0), ("sample", 1)):
@@ -422,7 +420,7 @@ def write_samples(args):
     """--sample: N samples, uint8 [N, 28, 28], in samples.npz, and the first of them in samples.png."""
     model = load_model(run_dir(args) / "weights.pt", args.device)
     torch.manual_seed(args.seed)
-    samples = torch.cat([model.sample(len(part)).byte().cpu() for part in torch.arange(args.sample).split(1000)])
+    samples = model.sample(args.sample).byte().cpu()
     np.savez_compressed(run_dir(args) / "samples.npz", samples=samples.view(-1, 28, 28))
     save_grid(samples[:100] / 255, run_dir(args) / "samples.png", nrow=10)
     print(f"{args.sample} samples are in {run_dir(args)}")
@@ -432,7 +430,9 @@ def main(args):
     checkpoint = load_checkpoint(run_dir(args) / "checkpoint.pt") if args.resume else None
     vars(args).update({**checkpoint["settings"], "out_dir": run_dir(args)} if checkpoint else {})
     data = load(args.dataset, args.data_dir)
-    args.dataset = data.name  # no longer auto
+    if getattr(args, "dataset_md5", data.md5) != data.md5:  # that of the checkpoint
+        raise DataError(f"the images differ from those that the run in {run_dir(args)} began with: start again")
+    args.dataset, args.dataset_md5 = data.name, data.md5  # no longer auto
     train, val, test = (split.images.to(args.device) for split in (data.train, data.val, data.test))
     if args.dry_run:
         args.epochs, args.out_dir = min(args.epochs, 2), args.out_dir or Path(tempfile.mkdtemp(prefix="a3_nf_"))
@@ -447,7 +447,7 @@ def main(args):
     model.logit.fit(data.train.images)
     averaged = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    n_updates = max(20, args.epochs * math.ceil(len(train) / args.batch_size))  # OneCycleLR fails with 10
+    n_updates = max(20, args.epochs * math.ceil(len(train) / args.batch_size))  # with 10, OneCycleLR divides by zero
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, n_updates, pct_start=0.1, cycle_momentum=False)
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"{data.name}, {n_parameters:,} parameters, {args.device}; writing to {out_dir}")
@@ -499,9 +499,9 @@ def main(args):
     if sys.platform != "win32":  # ru_maxrss counts KiB on Linux and bytes on macOS
         import resource
         peak_memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 ** (1 + (sys.platform == "darwin"))
-    results = {**settings, "dataset_md5": data.md5, "device": args.device, "parameters": n_parameters,
-               "train_seconds": seconds, "images_per_s": len(train) * len(rows) / seconds,
-               "peak_memory_mb": peak_memory_mb, "best_epoch": best_row["epoch"], "val_bpd": best_row["val_bpd"],
+    results = {**settings, "device": args.device, "parameters": n_parameters, "train_seconds": seconds,
+               "images_per_s": len(train) * len(rows) / seconds, "peak_memory_mb": peak_memory_mb,
+               "best_epoch": best_row["epoch"], "val_bpd": best_row["val_bpd"],
                **scores, "seconds_to_1_85": reached[0] if reached else None}
     (out_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"test: {scores['test_bpd']:.4f} bits per dimension, {scores['test_bpd_iw']:.4f} with {IW_SAMPLES} draws")
@@ -512,7 +512,7 @@ if __name__ == "__main__":
     try:
         (write_samples if arguments.sample else main)(arguments)
     except KeyboardInterrupt:
-        print(f"interrupted; continue after the last epoch: --resume --out_dir {run_dir(arguments)}", file=sys.stderr)
+        print(f'interrupted; a run continues with --resume --out_dir "{run_dir(arguments)}"', file=sys.stderr)
         sys.exit(130)
     except (DataError, FloatingPointError, OSError) as error:
         sys.exit(f"{Path(__file__).name}: error: {error}")

@@ -80,7 +80,7 @@ class VAE(nn.Module):
         super().__init__()
         self.z_dim = z_dim
         self.encoder, self.decoder = Encoder(hidden_dim, z_dim), Decoder(hidden_dim, z_dim)
-        self.to(memory_format=torch.channels_last)  # convolutions are faster so, on a CPU by a fifth
+        self.to(memory_format=torch.channels_last)  # makes convolutions faster, on a CPU by a fifth
 
     def forward(self, x):
         """x [B, 784] in {0, 1} -> average negative ELBO, a scalar (equation 12 with one sample of z)."""
@@ -177,25 +177,24 @@ def evaluate(model, x, k):
 
 
 # --------------------------------------------------------------------------------------------------------- figures
-def save_elbo_plot(train_curve, val_curve, filename, untrained_elbo):
+def save_elbo_plot(train_curve, val_curve, filename, untrained_elbo=None):
     """Average ELBO of each epoch, nats per image (question 1.13): the full range, and its upper end enlarged."""
     figure = Figure(figsize=(6, 2.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    left, right = figure.subplots(1, 2, subplot_kw={"xlabel": "epoch", "ylabel": "ELBO (nats per image)"})
     for axes in (left, right):
         for curve, style, name in ((train_curve, ".-", "training"), (val_curve, ".--", "validation")):
             axes.plot(range(1, len(curve) + 1), curve, style, label=f"{name} (last {curve[-1]:.1f})")
-        axes.set(xlabel="epoch", ylabel="ELBO (nats per image)")
         axes.grid(alpha=0.3)
     right.set_ylim(np.quantile([*train_curve, *val_curve], [0.1, 1]) + [-1, 1])  # from the 10% quantile up
-    left.plot(0, untrained_elbo, "k.", label=f"before training ({untrained_elbo:.1f})")
+    if untrained_elbo is not None:
+        left.plot(0, untrained_elbo, "k.", label=f"before training ({untrained_elbo:.1f})")
     left.legend(loc="center right", bbox_to_anchor=(1, 0.4))
     figure.savefig(filename)
 
 
 def save_grid(images, filename, nrow):
     """Write images [N, 784] in [0, 1] as a grid, `nrow` in a row, black on white, three times enlarged."""
-    images = 1 - images.detach().float().cpu().view(-1, 1, 28, 28)
-    images = images.repeat_interleave(3, dim=2).repeat_interleave(3, dim=3)  # [N, 1, 84, 84]
+    images = F.interpolate(1 - images.detach().float().cpu().view(-1, 1, 28, 28), scale_factor=3)  # [N, 1, 84, 84]
     save_image(images, filename, nrow=nrow, padding=2, pad_value=0.8)
 
 
@@ -228,7 +227,7 @@ def load_checkpoint(path):
             return content
     except Exception:  # torch raises exceptions of many types
         pass
-    raise OSError(f"{path} is missing, damaged or of another version: train first, or give its --out_dir")
+    raise OSError(f"{path} is missing, damaged or of another version: train first, or set --out_dir")
 
 
 def load_model(checkpoint, device="cpu"):
@@ -247,7 +246,7 @@ def parse_args(argv=None):
     add("--zdim", type=int, default=20, help="dimensions of the latent space (default: %(default)s)")
     add("--epochs", "--n_epochs", type=int, default=40, help="passes over the training images (default: %(default)s)")
     add("--batch_size", type=int, default=128, help="images per update (default: %(default)s)")
-    add("--lr", type=float, help="peak of the one-cycle learning rate (default: 0.003; up to --zdim 2, 0.0015)")
+    add("--lr", type=float, help="peak of the one-cycle learning rate (default: 0.003; 0.0015 if --zdim <= 2)")
     add("--seed", type=int, default=42, help="seed of weights, image order and noise (default: %(default)s)")
     add("--device", help="cpu, cuda or mps (default: %(default)s)", default="cuda" if torch.cuda.is_available() else
         "mps" if torch.backends.mps.is_available() else "cpu")
@@ -258,7 +257,7 @@ def parse_args(argv=None):
     add("--out_dir", type=Path, help="folder of the run (default: report/figures/vae_z<zdim>)")
     add = parser.add_argument_group("instead of a full new run").add_mutually_exclusive_group().add_argument
     add("--dry_run", action="store_true", help="a few batches of everything, in a temporary folder or in --out_dir")
-    add("--resume", action="store_true", help="continue the run in its folder, with the settings that it has")
+    add("--resume", action="store_true", help="continue the run in its folder, with its own settings")
     add("--sample", type=int, metavar="N", help="write N samples of the trained model to samples.npz and samples.png")
     args = parser.parse_args(argv)
     if args.lr is None:  # with two dimensions q(z|x) is so narrow that large steps throw training back
@@ -292,7 +291,9 @@ def main(args):
     checkpoint = load_checkpoint(run_dir(args) / "checkpoint.pt") if args.resume else None
     vars(args).update({**checkpoint["settings"], "out_dir": run_dir(args)} if checkpoint else {})
     data = load_binarized(args.dataset, args.data_dir)
-    args.dataset = data.name  # no longer auto
+    if getattr(args, "dataset_md5", data.md5) != data.md5:  # that of the checkpoint
+        raise DataError(f"the images differ from those that the run in {run_dir(args)} began with: start again")
+    args.dataset, args.dataset_md5 = data.name, data.md5  # no longer auto
     train, val, test = (split.images.to(args.device) for split in (data.train, data.val, data.test))
     if args.dry_run:
         args.epochs, args.out_dir = min(args.epochs, 2), args.out_dir or Path(tempfile.mkdtemp(prefix="a3_vae_"))
@@ -306,7 +307,7 @@ def main(args):
     model = VAE(z_dim=args.zdim).to(args.device)
     averaged = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05, fused=True)
-    n_updates = max(20, args.epochs * math.ceil(len(train) / args.batch_size))  # OneCycleLR fails with 10
+    n_updates = max(20, args.epochs * math.ceil(len(train) / args.batch_size))  # with 10, OneCycleLR divides by zero
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, n_updates, pct_start=0.1, cycle_momentum=False)
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"{data.name} ({data.binarization}), {n_parameters:,} parameters, {args.device}; writing to {out_dir}")
@@ -351,8 +352,7 @@ def main(args):
     best_row = max(rows, key=lambda row: row["val_elbo"])
     best = load_model(out_dir / "best.pt", args.device)
     scores = evaluate(best, test, IW_SAMPLES)
-    curves = zip(*((row["train_elbo"], row["val_elbo"]) for row in rows), strict=True)
-    save_elbo_plot(*curves, out_dir / "elbo.pdf", untrained_elbo)
+    save_elbo_plot(*([r[k] for r in rows] for k in ("train_elbo", "val_elbo")), out_dir / "elbo.pdf", untrained_elbo)
     save_samples(best, out_dir / "samples_end.png")
     if args.zdim == 2:
         save_manifold(best, out_dir / "manifold.png")
@@ -361,8 +361,8 @@ def main(args):
     if sys.platform != "win32":  # ru_maxrss counts KiB on Linux and bytes on macOS
         import resource
         peak_memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 ** (1 + (sys.platform == "darwin"))
-    results = {**settings, "dataset_md5": data.md5, "binarization": data.binarization, "device": args.device,
-               "parameters": n_parameters, "train_seconds": seconds, "images_per_s": len(train) * len(rows) / seconds,
+    results = {**settings, "binarization": data.binarization, "device": args.device, "parameters": n_parameters,
+               "train_seconds": seconds, "images_per_s": len(train) * len(rows) / seconds,
                "peak_memory_mb": peak_memory_mb, "untrained_elbo": untrained_elbo, "best_epoch": best_row["epoch"],
                "val_elbo": best_row["val_elbo"], **scores, "iw_samples": IW_SAMPLES}
     (out_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -374,7 +374,7 @@ if __name__ == "__main__":
     try:
         (write_samples if arguments.sample else main)(arguments)
     except KeyboardInterrupt:
-        print(f"interrupted; continue after the last epoch: --resume --out_dir {run_dir(arguments)}", file=sys.stderr)
+        print(f'interrupted; a run continues with --resume --out_dir "{run_dir(arguments)}"', file=sys.stderr)
         sys.exit(130)
     except (DataError, FloatingPointError, OSError) as error:
         sys.exit(f"{Path(__file__).name}: error: {error}")

@@ -77,7 +77,8 @@ def load_binarized(name="auto", data_dir=DATA_DIR):
         grey = load(name, data_dir)
     except UnavailableError as error:
         grey = load(name, data_dir)
-        print(f"{error}\nBinarizing the grey levels instead: ELBOs will differ a little.", file=sys.stderr)
+        if grey.name == "mnist":
+            print(f"{error}\nBinarizing the grey levels instead: ELBOs will differ a little.", file=sys.stderr)
     generator = torch.Generator().manual_seed(0)
     images, labels = (torch.cat(parts) for parts in zip(grey.train, grey.val, grey.test, strict=True))
     chunks = [255 * torch.rand(x.shape, generator=generator) < x for x in images.split(10_000)]  # rand is in [0, 1)
@@ -140,8 +141,7 @@ def load_mnist(raw):
     if None in [read(raw / name) for name in MNIST_MD5]:
         download("MNIST", raw, fetch)
     for name, md5 in MNIST_MD5.items():
-        content = read(raw / name)
-        if hashlib.md5(content).hexdigest() != md5:
+        if hashlib.md5(content := read(raw / name)).hexdigest() != md5:
             raise DataError(CORRUPT.format(f"{raw / name} (or .gz)", "its MD5 sum is not MNIST's"))
         arrays.append(np.frombuffer(content, np.uint8, offset=16 if "images" in name else 8))  # without the header
     return make_dataset("mnist", np.concatenate(arrays[:2]), np.concatenate(arrays[2:]))
@@ -191,7 +191,7 @@ def make_glyphs(n, seed=0):
     labels, images = torch.randint(10, (n,), generator=generator), []
     for y in labels.split(5000):
         glyphs = bank[torch.randint(len(bank), y.shape, generator=generator), y]  # [B, 1, 56, 56]
-        # the grid says for each of the 28x28 pixels from where in the glyph, in [-1, 1]^2, it is sampled
+        # for each of the 28x28 pixels, the grid holds the point of the glyph, in [-1, 1]^2, to sample
         matrix = torch.eye(2) + 0.15 * torch.randn(len(y), 2, 2, generator=generator)
         grid = F.affine_grid(F.pad(matrix, (0, 1)), [len(y), 1, 28, 28], align_corners=False)  # [B, 28, 28, 2]
         waves = F.interpolate(0.07 * torch.randn(len(y), 2, 5, 5, generator=generator), (28, 28), mode="bicubic")

@@ -3,10 +3,10 @@
     python3 macros.py > numbers.tex
 
 Each entry of figures/<run>/results.json becomes a macro, named after the run and the entry: test_elbo of vae_z20 is
-\\vaeTestElbo. Entries of the last row of metrics.csv get "Last": \\nfLastTrainBpd; mean and standard deviation over
-three seeds get "Mean" and "Std": \\vaeTestElboMean. Times are those of the median epoch, as others may use the machine
-as well. What `python a3_gan.py --score` says of a run's samples.npz, in scores.json, becomes \\nfSamplesFid and
-\\nfTrainingImagesFid. Needs nothing but Python.
+\\vaeTestElbo. Entries of the last row of metrics.csv get "Last": \\nfLastTrainBpd. Mean and standard deviation over
+three seeds get "Mean" and "Std": \\vaeTestElboMean. Times are those of the median epoch of these three runs, as others
+may use the machine as well. What `python a3_gan.py --score` says of a run's samples.npz, in scores.json, becomes
+\\nfSamplesFid and \\nfTrainingImagesFid. Needs nothing but Python.
 """
 
 import csv
@@ -17,13 +17,12 @@ import statistics
 import sys
 from pathlib import Path
 
-RUNS = {  # prefix of the macros: folder, and the command that fills it
-    "vae": ("vae_z20", "python a3_vae.py --zdim 20"),
-    "vaeTwo": ("vae_z2", "python a3_vae.py --zdim 2"),
-    "gan": ("gan", "python a3_gan.py --n_epochs 200"),
-    "nf": ("nf", "python a3_nf.py"),
-}
-SEEDS = {"vae": "test_elbo", "vaeTwo": "test_elbo", "gan": "fid"}  # also with --seed 1 and 2, in gan_seed1 and so on
+RUNS = {  # prefix of the macros: folder, the command that fills it, and the result whose mean over seeds is wanted
+    "vae": ("vae_z20", "python a3_vae.py --zdim 20", "test_elbo"),
+    "vaeTwo": ("vae_z2", "python a3_vae.py --zdim 2", "test_elbo"),
+    "gan": ("gan", "python a3_gan.py --n_epochs 200", "fid"),
+    "nf": ("nf", "python a3_nf.py", "test_bpd"),
+}  # each also with --seed 1 and 2, in vae_z20_seed1 and so on
 DIGITS = ["Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine"]
 
 
@@ -46,7 +45,9 @@ def text(key, value):
     digits = 2
     if value > 100 or key == "seconds_to_1_85":
         digits = 0
-    elif any(word in key for word in ("bpd", "coverage", "loss", "confidence")):
+    elif key in ("test_bpd_mean", "test_bpd_std"):
+        digits = 4
+    elif any(word in key for word in ("bpd", "coverage", "loss")):
         digits = 3
     return f"{value:.{digits}f}".replace("-", r"\ensuremath{-}")
 
@@ -65,13 +66,9 @@ def read(folder, command):
 
 
 def main():
-    for prefix, (folder, command) in RUNS.items():
-        results, rows = read(folder, command)
-        last = {f"last_{key}": float(value) for key, value in rows[-1].items() if value}
-        values = {**results.pop("flags", {}), **results, **last}
-        epoch_seconds = statistics.median(float(row["seconds"]) for row in rows)
-        values["epoch_seconds"] = round(epoch_seconds)
-        values["train_minutes"] = round(epoch_seconds * values["epochs"] / 60)
+    for prefix, (folder, command, mean_key) in RUNS.items():
+        values, rows = read(folder, command)
+        values.update({f"last_{key}": float(value) for key, value in rows[-1].items() if value})
         scores = Path(__file__).resolve().parent / "figures" / folder / "scores.json"
         for name, entries in json.loads(scores.read_text()).items() if scores.exists() else ():
             values.update({f"{name.replace(' ', '_')}_{key}": value for key, value in entries.items()})
@@ -88,15 +85,15 @@ def main():
             values["from_probability"], values["to_probability"] = (f"{p:.3f}" for p in path["probabilities"])
         if prefix == "nf":  # bits per dimension to nats per image
             values["gap_nats"] = (values["val_bpd"] - values["last_train_bpd"]) * 784 * math.log(2)
-        if prefix in SEEDS:
-            key = SEEDS[prefix]
-            runs = [values]
-            for seed in (1, 2):
-                other = f"{folder}_seed{seed}"
-                runs.append(read(other, f"{command} --seed {seed} --out_dir ../report/figures/{other}")[0])
-            seeds = [run[key] for run in runs]
-            values[f"{key}_mean"], values[f"{key}_std"] = statistics.mean(seeds), statistics.stdev(seeds)
-            values["best_epochs"] = "{}, {} and {}".format(*(run["best_epoch"] for run in runs))
+        runs = [(values, rows)]
+        for other, seed in ((f"{folder}_seed1", 1), (f"{folder}_seed2", 2)):
+            runs.append(read(other, f"{command} --seed {seed} --out_dir ../report/figures/{other}"))
+        figures = [results[mean_key] for results, _ in runs]
+        values[f"{mean_key}_mean"], values[f"{mean_key}_std"] = statistics.mean(figures), statistics.stdev(figures)
+        values["best_epochs"] = "{}, {} and {}".format(*(results["best_epoch"] for results, _ in runs))
+        epoch_seconds = statistics.median(float(row["seconds"]) for _, rows in runs for row in rows)
+        values["epoch_seconds"] = round(epoch_seconds)
+        values["train_minutes"] = round(epoch_seconds * values["epochs"] / 60)
         for key, value in sorted(values.items()):
             if isinstance(value, (str, int, float)) and not isinstance(value, bool):
                 print(rf"\newcommand{{\{macro_name(prefix, key)}}}{{{text(key, value)}}}")

@@ -170,8 +170,8 @@ def test_best_weights_are_those_of_the_best_epoch(script, common, tmp_path, monk
     assert results(tmp_path)["best_epoch"] == 1 and results(tmp_path)[script.curve] == 5
     best, last, weights = (load(tmp_path / f"{name}.pt")["averaged"] for name in ("best", "checkpoint", "weights"))
     assert is_same(best, weights) and not is_same(best, last)
-    if script.module is a3_gan:  # batch norm has seen the three batches of the first epoch, and is frozen in the second
-        assert load(tmp_path / "checkpoint.pt")["generator"]["net.1.num_batches_tracked"] == 3
+    if script.module is a3_gan:  # batch norm has seen the four batches of the first epoch, and is frozen in the second
+        assert load(tmp_path / "checkpoint.pt")["generator"]["net.1.num_batches_tracked"] == 4
 
 
 def test_another_seed_gives_other_numbers(script, common, finished, tmp_path, monkeypatch):
@@ -192,8 +192,7 @@ def test_another_seed_gives_other_numbers(script, common, finished, tmp_path, mo
 
 # -------------------------------------------------------------------------------------------- interrupted and resumed
 KILLED = """
-import os, runpy, signal, sys
-import torch
+import os, runpy, signal, sys, torch
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
 update, number, sys.argv = int(sys.argv[2]), int(sys.argv[3]), sys.argv[1:2] + sys.argv[4:]
 lerp, calls = torch._foreach_lerp_, []
@@ -209,7 +208,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def run_killed(script, update, number, *argv):
-    """Run it as a program that gets a signal at the given update; an epoch has three of them."""
+    """Run it as a program that gets a signal at the given update; an epoch has three of them, or four (GAN)."""
     command = [sys.executable, "-c", KILLED, CODE / f"{script.name}.py", update, int(number), *argv]
     process = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
     return process.returncode, process.stderr
@@ -217,8 +216,8 @@ def run_killed(script, update, number, *argv):
 
 def test_killed_again_and_again_it_ends_like_an_uninterrupted_run(script, common, finished, tmp_path):
     """Ctrl-C, SIGTERM and kill -9 in the middle of epoch 2. Flags given with --resume do not count."""
-    status, stderr = run_killed(script, 5, signal.SIGINT, "--dry_run", *common, *script.flags, "--out_dir", tmp_path)
-    assert status == 130 and stderr.count("\n") == 1 and f"--resume --out_dir {tmp_path}" in stderr
+    status, stderr = run_killed(script, 6, signal.SIGINT, "--dry_run", *common, *script.flags, "--out_dir", tmp_path)
+    assert status == 130 and stderr.count("\n") == 1 and f'--resume --out_dir "{tmp_path}"' in stderr
     resume = "--resume", *common, "--out_dir", tmp_path
     for number in (signal.SIGTERM, signal.SIGKILL):
         assert len(load(tmp_path / "checkpoint.pt")["rows"]) == 1 and not (tmp_path / "results.json").exists()
@@ -268,7 +267,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(script, common, tm
 
     def spoil(averaged, weights, *args):
         calls.append(1)
-        if len(calls) == 5:  # in the middle of epoch 2
+        if len(calls) == 6:  # in epoch 2
             weights[0].fill_(math.nan)
         return lerp(averaged, weights, *args)
     monkeypatch.setattr(torch, "_foreach_lerp_", spoil)
@@ -341,8 +340,7 @@ def test_a_bad_checkpoint_is_one_line_and_runs_no_code(script, common, finished,
                 "empty": b"", "list": [1, 2], "foreign": good | {"format": other}, "unnamed": {"averaged": {}},
                 "newer": good | {"format": "a3 99"}, "hostile": good | {"rows": Evil(tmp_path / "it ran")}}
     for name, content in contents.items():
-        folder = tmp_path / name
-        folder.mkdir()
+        (folder := tmp_path / name).mkdir()
         for path in (folder / "checkpoint.pt", folder / "weights.pt") if content is not None else ():
             path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         before = sorted(folder.iterdir())
@@ -352,6 +350,8 @@ def test_a_bad_checkpoint_is_one_line_and_runs_no_code(script, common, finished,
         with pytest.raises(OSError):
             script.module.load_model(folder / "checkpoint.pt")
     assert not (tmp_path / "it ran").exists()
+    torch.save(good | {"settings": good["settings"] | {"dataset_md5": "0"}}, tmp_path / "checkpoint.pt")
+    assert "images differ" in fails(script, capsys, "--resume", *common, "--out_dir", tmp_path)
 
 
 def test_mnist_by_name_without_a_network_is_one_line(script, tmp_path, offline, capsys):
@@ -389,8 +389,8 @@ def test_on_real_mnist(script, tmp_path, monkeypatch):
         return data._replace(train=train, val=val, test=test)
     monkeypatch.setattr(a3_nf, "load", load_less)
     monkeypatch.setattr(a3_vae, "IW_SAMPLES", 2)
-    epochs = 2 if script.module is a3_gan else 1
-    start(script, "--epochs", epochs, "--dataset", "mnist", "--data_dir", mnist_dir(), "--out_dir", tmp_path)
+    start(script, "--epochs", 1 + (script.module is a3_gan), "--dataset", "mnist", "--data_dir", mnist_dir(),
+          "--out_dir", tmp_path)
     assert (found := results(tmp_path))["dataset"] == "mnist"
     if script.module is a3_vae:
         assert found["binarization"] == "larochelle" and -130 < found["test_elbo"] < found["test_log_px"] < -90

@@ -188,10 +188,11 @@ def test_shift_some_moves_a_share_of_the_images_by_up_to_a_pixel():
     assert torch.equal(a3_vae.shift_some(x.flatten(1), 0), x.flatten(1))
 
 
-def test_it_learns():
+def test_it_learns(tmp_path):
     model, x = VAE().train(), binary_images(8)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     curve = [epoch_iter(model, [x], optimizer) for _ in range(40)]
+    a3_vae.save_elbo_plot(curve, curve, tmp_path / "elbo.pdf")  # with no more arguments, as in the template
     assert curve[0] < -500 and curve[-1] > -330  # random pixels: 784 * entropy(0.2) = 392 nats, unless memorised
 
 
