@@ -357,7 +357,7 @@ def main(args):
     vars(args).update({**checkpoint["settings"], "out_dir": run_dir(args)} if checkpoint else {})
     data = load(args.dataset, args.data_dir)
     if getattr(args, "dataset_md5", data.md5) != data.md5:  # that of the checkpoint
-        raise DataError(f"the images differ from those that the run in {run_dir(args)} began with: start again")
+        raise DataError(f"the run in {run_dir(args)} began with other images: give their --data_dir, or start again")
     args.dataset, args.dataset_md5 = data.name, data.md5  # no longer auto
     (train_images, train_labels), (val_images, _), (test_images, test_labels) = data.train, data.val, data.test
     if args.dry_run:
