@@ -3,8 +3,8 @@
     python a3_nf.py                     # figures and results in report/figures/nf
     python a3_nf.py --n_mixtures 0      # with RealNVP's affine couplings, in report/figures/nf_affine
 
-Expect 0.967 bits per dimension on the test set with one draw of the dequantization noise, after about two hours on two
-CPU cores, and less than 1.85 on validation images after about 15 seconds. Sources: Dinh et al. (2017), Density
+Expect 0.967 bits per dimension on the test set with one draw of the dequantization noise, after about two hours on one
+CPU core, and less than 1.85 on validation images after about 15 seconds. Sources: Dinh et al. (2017), Density
 estimation using Real NVP, for affine couplings, masks and scales; Ho et al. (2019), Flow++, for mixture couplings.
 """
 
