@@ -65,13 +65,26 @@ def read(folder, command):
     return results, rows
 
 
+def read_scores(folder):
+    """The entries of scores.json in a run's folder, as {"samples_fid": ...}; none if there is no such file."""
+    path = Path(__file__).resolve().parent / "figures" / folder / "scores.json"
+    scores = json.loads(path.read_text()) if path.exists() else {}
+    return {f"{name.replace(' ', '_')}_{key}": value
+            for name, entries in scores.items() for key, value in entries.items()}
+
+
+def show(prefix, values):
+    """Print the macros of a run."""
+    for key, value in sorted(values.items()):
+        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            print(rf"\newcommand{{\{macro_name(prefix, key)}}}{{{text(key, value)}}}")
+
+
 def main():
     for prefix, (folder, command, mean_key) in RUNS.items():
         values, rows = read(folder, command)
         values.update({f"last_{key}": float(value) for key, value in rows[-1].items() if value})
-        scores = Path(__file__).resolve().parent / "figures" / folder / "scores.json"
-        for name, entries in json.loads(scores.read_text()).items() if scores.exists() else ():
-            values.update({f"{name.replace(' ', '_')}_{key}": value for key, value in entries.items()})
+        values.update(read_scores(folder))
         values["million_parameters"] = values["parameters"] / 1e6
         values["half_epoch"] = (values["epochs"] + 1) // 2
         if "test_kl" in values:  # so that the numbers add up as they are printed
@@ -94,9 +107,8 @@ def main():
         epoch_seconds = statistics.median(float(row["seconds"]) for _, rows in runs for row in rows)
         values["epoch_seconds"] = round(epoch_seconds)
         values["train_minutes"] = round(epoch_seconds * values["epochs"] / 60)
-        for key, value in sorted(values.items()):
-            if isinstance(value, (str, int, float)) and not isinstance(value, bool):
-                print(rf"\newcommand{{\{macro_name(prefix, key)}}}{{{text(key, value)}}}")
+        show(prefix, values)
+    show("binarized", read_scores("binarized"))  # of binarized training images, see README.md
 
 
 if __name__ == "__main__":
