@@ -97,7 +97,7 @@ def main():
             values["from_digit"], values["to_digit"] = path["digits"]
             values["from_probability"], values["to_probability"] = (f"{p:.3f}" for p in path["probabilities"])
         if prefix == "nf":  # bits per dimension to nats per image
-            values["gap_nats"] = (values["val_bpd"] - values["last_train_bpd"]) * 784 * math.log(2)
+            values["gap_nats"] = round((values["val_bpd"] - values["last_train_bpd"]) * 784 * math.log(2))
         runs = [(values, rows)]
         for other, seed in ((f"{folder}_seed1", 1), (f"{folder}_seed2", 2)):
             runs.append(read(other, f"{command} --seed {seed} --out_dir ../report/figures/{other}"))
