@@ -30,12 +30,11 @@ from tqdm import tqdm
 
 from datasets import DATA_DIR, DataError, load
 
-EMA_DECAY = 0.9999  # of the averaged generator, per update
 BATCH_NORM_EPOCHS = 3  # then batch norm's means and variances are frozen, and G is trained as it is evaluated
 R1_GAMMA, R1_EVERY = 10.0, 16  # weight of the gradient penalty, without which D memorises; on every 16th batch only
-FID_EVERY = 5  # epochs between measurements of the Fréchet distance, besides the first and the last
+FID_EVERY = 10  # epochs between measurements of the Fréchet distance, besides the first and the last
 FIGURES = Path(__file__).resolve().parents[1] / "report" / "figures"
-FORMAT = "a3_gan 3"  # of checkpoints; files of another script or version are rejected
+FORMAT = "a3_gan 4"  # of checkpoints; files of another script or version are rejected
 
 
 # ----------------------------------------------------------------------------------------------------------- model
@@ -107,8 +106,8 @@ def noise(n, latent_dim, seed):
 # ----------------------------------------------------------------------------------------- training and evaluation
 @torch.no_grad()
 def update_average(averaged, model, n_updates):
-    """averaged = decay * averaged + (1 - decay) * model, an exponential moving average of the weights, in place."""
-    decay = min(EMA_DECAY, (1 + n_updates) / (10 + n_updates))  # smaller at first, to forget the initial weights
+    """averaged = decay * averaged + (1 - decay) * model, a moving average of the weights, in place."""
+    decay = (1 + n_updates) / (10 + n_updates)  # the average is over about the last tenth of all updates
     tensors = [[*m.parameters(), *filter(torch.is_floating_point, m.buffers())] for m in (averaged, model)]
     torch._foreach_lerp_(*tensors, 1 - decay)  # the buffers are the running means and variances of batch norm
 
@@ -186,11 +185,14 @@ def frechet_distance(a, b):
 
 def coverage(real, fake, k=5):
     """Share of the real features [N, d] with a fake one closer than their k-th real neighbour (Naeem et al. 2020)."""
-    covered = 0
-    for batch in real.split(1000):
-        radius = torch.cdist(batch, real).kthvalue(k + 1, dim=1).values  # + 1: each is its own nearest one
-        covered += (torch.cdist(batch, fake).min(dim=1).values < radius).sum().item()
-    return covered / len(real)
+    radius = torch.cat([torch.cdist(x, real).kthvalue(k + 1).values for x in real.split(1000)])  # + 1: one is itself
+    nearest = torch.cat([torch.cdist(x, fake).amin(1) for x in real.split(1000)])
+    return (nearest < radius).double().mean().item()
+
+
+def mean_of_sets(measure, real, fake):
+    """Mean of measure(real, part) over parts of the fake features that are as large as the real set: one is noisy."""
+    return float(np.mean([measure(real, part) for part in fake.chunk(max(1, len(fake) // len(real)))]))
 
 
 def nearest_distance(pixels, train_pixels):
@@ -201,11 +203,9 @@ def nearest_distance(pixels, train_pixels):
 
 def score(pixels, classifier, train_images, test_images):
     """Compare samples, uint8 [N, 784], with the test images, in sets of as many, and 2000 with the training images."""
-    features, probabilities = classify(classifier, pixels)
+    fake, probabilities = classify(classifier, pixels)
     real = classify(classifier, test_images)[0]
-    sets = features.chunk(max(1, len(features) // len(real)))  # as one set of 10,000 varies by 0.15
-    return {"fid": np.mean([frechet_distance(fake, real) for fake in sets]),
-            "coverage": np.mean([coverage(real, fake) for fake in sets]),
+    return {"fid": mean_of_sets(frechet_distance, real, fake), "coverage": mean_of_sets(coverage, real, fake),
             "confident_share": (probabilities.amax(1) > 0.9).double().mean().item(),
             "nearest_train_distance": nearest_distance(pixels[:2000], train_images).median().item(),
             "class_shares": (probabilities.argmax(1).bincount(minlength=10).double() / len(pixels)).tolist()}
@@ -376,7 +376,7 @@ def main(args):
     optimizer_G = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.0, 0.99), fused=True)
     optimizer_D = torch.optim.Adam(discriminator.parameters(), args.lr / 2, betas=(0.0, 0.99), fused=True)
     n_batches = max(1, len(train_images) // args.batch_size)  # without a smaller last batch, for the batch norm
-    schedule_G, schedule_D = (torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.4, args.epochs * n_batches)
+    schedule_G, schedule_D = (torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.5, 20 * n_batches)  # for 20 epochs
                               for optimizer in (optimizer_G, optimizer_D))  # at lower rates D memorises
     n_parameters = [sum(p.numel() for p in model.parameters()) for model in (generator, discriminator)]
     print(f"{data.name}, {n_parameters} parameters, {args.device}; output: {out_dir}; first training a classifier")
@@ -394,8 +394,8 @@ def main(args):
         (out_dir / "checkpoint.pt").unlink(missing_ok=True)  # of a finished run
         save_samples(averaged, out_dir / "samples_start.png")
     classifier = train_classifier(train_images, train_labels)
-    z, real = noise(len(val_images), args.latent_dim, seed=0), classify(classifier, val_images)[0]
-    val_floor = np.mean([frechet_distance(x, real) for x in classify(classifier, train_images)[0].split(len(z))])
+    z, real = noise(len(train_images), args.latent_dim, seed=0), classify(classifier, val_images)[0]
+    val_floor = mean_of_sets(frechet_distance, real, classify(classifier, train_images)[0])
 
     for epoch in range(len(rows) + 1, args.epochs + 1):
         start = time.time()
@@ -407,8 +407,8 @@ def main(args):
                                averaged, args.save_interval, out_dir)
         if not math.isfinite(loss_D + loss_G + sum(p.sum().item() for p in averaged.parameters())):
             raise FloatingPointError(f"the loss in epoch {epoch} is not finite: start again with a smaller --lr")
-        measured = epoch in (1, args.epochs) or epoch % FID_EVERY == 0
-        fid = frechet_distance(classify(classifier, generate(averaged, z))[0], real) if measured else math.nan
+        due = epoch in (1, args.epochs) or epoch % FID_EVERY == 0
+        fid = mean_of_sets(frechet_distance, real, classify(classifier, generate(averaged, z))[0]) if due else math.nan
         seconds = time.time() - start
         rows.append({"epoch": epoch, "loss_D": loss_D, "loss_G": loss_G, "val_fid": fid, "seconds": seconds,
                      "images_per_s": n_batches * args.batch_size / seconds,
