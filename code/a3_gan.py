@@ -3,7 +3,7 @@
     python a3_gan.py --n_epochs 200                     # figures and results in report/figures/gan
     python a3_gan.py --n_epochs 20 --out_dir gan20      # a tenth of the time
 
-Expect a Fréchet distance to the test images of 0.75 (training images: 0.67), after 42 minutes on two CPU cores.
+Expect a Fréchet distance to the test images of 0.75 (training images: 0.67), after 42 to 73 minutes on two cores.
 Sources: Goodfellow et al. (2014), Generative Adversarial Nets; Mescheder et al. (2018) for the gradient penalty; Yazici
 et al. (2019) for averaging the generator; Heusel et al. (2017) for the Fréchet distance and two learning rates.
 """
