@@ -1,15 +1,14 @@
-"""MNIST as uint8 tensors in memory, in grey levels or binarized, split into training, validation and test images.
+"""MNIST in memory, in grey levels or binarized, split into training, validation and test images.
 
     data = load("auto")              # grey levels 0..255, for the GAN and the flow
     data = load_binarized("auto")    # pixels in {0, 1}, for the VAE
     data.train.images                # [50000, 784] uint8
 
-"mnist" is read from `data_dir`, or downloaded into it. "glyphs" are distorted digits in matplotlib's fonts, for work
-without a network. "auto" is MNIST if it is available, otherwise glyphs, with a warning. Of MNIST's training images the
-last 10,000 are for validation.
+"mnist" is read from `data_dir`, or downloaded into it. "glyphs" are distorted digits in
+matplotlib's fonts, for work without a network. "auto" is MNIST if it is available, otherwise
+glyphs, with a warning. Of MNIST's training images the last 10,000 are for validation.
 """
 
-import contextlib
 import gzip
 import hashlib
 import os
@@ -27,18 +26,31 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps  # comes with torchvision 
 
 DATA_DIR = Path(os.environ.get("A3_DATA_DIR") or Path(__file__).resolve().parents[1] / "data")
 SIZES = [50_000, 10_000, 10_000]  # training, validation, test
-MNIST_MD5 = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-             "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-             "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-             "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}  # of the uncompressed files, in this order
+MNIST_MD5 = {  # of the uncompressed files
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
 LAROCHELLE_URL = "https://github.com/mgermain/MADE/releases/download/ICML2015/binarized_mnist.npz"
-LAROCHELLE_MD5 = {"train": "8d4f0427d6c2572b5e9994e08bad66de", "valid": "3e33becd40c694040e5e6c812e2f4b50",
-                  "test": "fc34623e13bd64fed2f8b61365198339"}  # of the pixels as uint8 0 and 1, row after row
-FONTS = ["DejaVuSans", "DejaVuSansMono", "DejaVuSerif", "STIXGeneral", "STIXGeneralItalic", "cmr10", "cmss10"]
-CORRUPT = "{} is corrupt or unreadable ({}): replace or delete it, then run again"
+LAROCHELLE_SHA256 = "af10774d1da7e037c2f2d0388e6fd51e99f03d8878b72c15c86e0ca91c1424b2"  # of the npz
+LAROCHELLE_MD5 = {  # of the pixels as uint8 0 and 1, row after row
+    "train": "8d4f0427d6c2572b5e9994e08bad66de",
+    "valid": "3e33becd40c694040e5e6c812e2f4b50",
+    "test": "fc34623e13bd64fed2f8b61365198339",
+}
+FONTS = [
+    "DejaVuSans",
+    "DejaVuSansMono",
+    "DejaVuSerif",
+    "STIXGeneral",
+    "STIXGeneralItalic",
+    "cmr10",
+    "cmss10",
+]
 
-Split = namedtuple("Split", "images labels")  # [N, 784] and [N], both uint8; labels are None if unknown
-Dataset = namedtuple("Dataset", "name train val test md5 binarization")  # md5 of all images
+Split = namedtuple("Split", "images labels")  # uint8 [N, 784] and [N]; labels are None if unknown
+Dataset = namedtuple("Dataset", "name train val test md5 binarization")  # md5: of all images
 
 
 class DataError(Exception):
@@ -49,152 +61,219 @@ class UnavailableError(DataError):
     """Data is neither on disk nor downloadable."""
 
 
+def corrupt(path, reason):
+    return DataError(f"{path} is corrupt or unreadable ({reason}): "
+                     "replace or delete it, then run again")
+
+
+# ----------------------------------------------------------------------------- what scripts call
 def load(name="auto", data_dir=DATA_DIR):
     """The images in grey levels 0..255, as a Dataset; `name` is "auto", "mnist" or "glyphs".
 
-    Raises DataError for a corrupt file, or if "mnist" is asked for but neither on disk nor downloadable.
+    Raises DataError for a corrupt file, or if "mnist" is asked for but not to be had.
     """
     if name != "glyphs":
         try:
             return load_mnist(Path(data_dir) / "MNIST" / "raw")
         except UnavailableError as error:
-            if name != "auto":
+            if name == "mnist":
                 raise
-            print("!" * 100, f"!!  NO MNIST: {error}", "!!  USING GLYPHS INSTEAD, digits drawn in fonts: no number "
-                  "and no figure of this run is about MNIST.", "!" * 100, sep="\n", file=sys.stderr)
+            frame = "!" * 100
+            print(frame, f"!!  NO MNIST: {error}", "!!  USING GLYPHS INSTEAD, digits drawn in "
+                  "fonts: no number and no figure of this run is about MNIST.", frame,
+                  sep="\n", file=sys.stderr)
     return load_glyphs(Path(data_dir) / "glyphs.npz")
 
 
 def load_binarized(name="auto", data_dir=DATA_DIR):
     """The images with pixels in {0, 1}, always the same ones; arguments and errors as for `load`.
 
-    For MNIST this is Larochelle's binarization (Larochelle & Murray 2011), if available. Otherwise each pixel is drawn
-    once, from a fixed seed, and is 1 with probability grey level / 255 (Salakhutdinov & Murray 2008).
+    For MNIST this is Larochelle's binarization (Larochelle & Murray 2011), if it is available.
+    Otherwise each pixel is drawn once, from a fixed seed, and is 1 with probability grey level /
+    255 (Salakhutdinov & Murray 2008).
     """
+    if name == "glyphs":
+        return binarize(load(name, data_dir))
     try:
-        if name != "glyphs":
-            return load_larochelle(Path(data_dir))
-        grey = load(name, data_dir)
+        return load_larochelle(Path(data_dir))
     except UnavailableError as error:
         grey = load(name, data_dir)
         if grey.name == "mnist":
-            print(f"{error}\nBinarizing the grey levels instead: ELBOs will differ a little.", file=sys.stderr)
+            print(f"{error}\nBinarizing the grey levels instead: ELBOs will differ a little.",
+                  file=sys.stderr)
+        return binarize(grey)
+
+
+def binarize(data):
+    """One Bernoulli draw per pixel of a Dataset in grey levels."""
+    images = torch.cat([data.train.images, data.val.images, data.test.images])
+    labels = torch.cat([data.train.labels, data.val.labels, data.test.labels])
     generator = torch.Generator().manual_seed(0)
-    images, labels = (torch.cat(parts) for parts in zip(grey.train, grey.val, grey.test, strict=True))
-    chunks = [255 * torch.rand(x.shape, generator=generator) < x for x in images.split(10_000)]  # rand is in [0, 1)
-    return make_dataset(grey.name, torch.cat(chunks).byte(), labels, "one Bernoulli draw per pixel, seed 0")
+    binary = []
+    for batch in images.split(10_000):
+        uniform = torch.rand(batch.shape, generator=generator)  # in [0, 1)
+        binary.append(255 * uniform < batch)
+    return make_dataset(
+        data.name, torch.cat(binary).byte(), labels, "one Bernoulli draw per pixel, seed 0")
 
 
 def make_dataset(name, images, labels=None, binarization=None):
-    """Arrays of 70,000 x 784 pixels and of 70,000 labels, uint8, in the order training, validation, test -> Dataset."""
-    images = torch.as_tensor(images).view(-1, 784)
-    splits = map(Split, images.split(SIZES), [None] * 3 if labels is None else torch.as_tensor(labels).split(SIZES))
-    return Dataset(name, *splits, hashlib.md5(images.numpy()).hexdigest(), binarization)
+    """Split images, uint8 [70000, 784], and labels, uint8 [70000]: training, validation, test."""
+    md5 = hashlib.md5(images.numpy()).hexdigest()
+    images = images.split(SIZES)
+    labels = [None, None, None] if labels is None else labels.split(SIZES)
+    train, val, test = map(Split, images, labels)
+    return Dataset(name, train, val, test, md5, binarization)
 
 
+# ----------------------------------------------------------------------------------------- files
 def read(path):
-    """The uncompressed content of a file or of its .gz; None if there is neither. Raises DataError if unreadable."""
-    file = path if path.exists() else Path(f"{path}.gz")
+    """The uncompressed content of a file or of its .gz; None if there is neither.
+
+    Raises DataError if it cannot be read.
+    """
+    compressed = Path(f"{path}.gz")
     try:
-        return gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    except FileNotFoundError:
+        if path.exists():
+            return path.read_bytes()
+        if compressed.exists():
+            return gzip.decompress(compressed.read_bytes())
         return None
     except Exception as error:  # gzip raises exceptions of many types
-        raise DataError(CORRUPT.format(file, error)) from None
+        raise corrupt(path if path.exists() else compressed, error) from None
 
 
-def read_npz(path, shapes):
-    """The arrays in an .npz file with these names and shapes, as uint8. Raises DataError if they cannot be read."""
+def read_npz(path, names):
+    """The arrays with these names in an .npz file, as uint8. Raises DataError if that fails."""
     try:
         with np.load(path) as arrays:
-            return [arrays[name].astype(np.uint8, order="C").reshape(shape) for name, shape in shapes.items()]
+            return [arrays[name].astype(np.uint8, order="C") for name in names]
     except Exception as error:  # numpy and zipfile raise exceptions of many types
-        raise DataError(CORRUPT.format(path, error)) from None
+        raise corrupt(path, error) from None
 
 
 def download(what, path, fetch):
     """Call fetch(), which downloads `what` to `path`. Raises UnavailableError if that fails."""
     print(f"downloading {what} to {path} ...")
-    timeout, _ = socket.getdefaulttimeout(), socket.setdefaulttimeout(20)  # seconds; the default is to wait forever
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # seconds; the default is to wait forever
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fetch()
     except Exception as error:  # from the network, a proxy, the disk, torch or torchvision
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise UnavailableError(f"{what} is not at {path} and cannot be downloaded ({reason}): see data/README.md, name "
-                               f"another folder with --data_dir, or use --dataset glyphs") from None
+        reason = str(error).strip() or type(error).__name__
+        reason = reason.splitlines()[-1]
+        raise UnavailableError(
+            f"{what} is not at {path} and cannot be downloaded ({reason}): see data/README.md, "
+            "name another folder with --data_dir, or use --dataset glyphs") from None
     finally:
         socket.setdefaulttimeout(timeout)
 
 
+# ----------------------------------------------------------------------------------------- MNIST
 def load_mnist(raw):
     """MNIST from the four files in the folder `raw`, which are downloaded if one is missing."""
-    def fetch():
-        from torchvision.datasets import MNIST
-        with tempfile.TemporaryDirectory(dir=raw.parent) as folder:  # so that an interruption leaves no partial files
-            MNIST(folder, download=True)
-            raw.mkdir(exist_ok=True)
-            for name in MNIST_MD5:
-                os.replace(Path(folder) / "MNIST" / "raw" / name, raw / name)
-
-    arrays = []
     if None in [read(raw / name) for name in MNIST_MD5]:
-        download("MNIST", raw, fetch)
+        download("MNIST", raw, lambda: fetch_mnist(raw))
+    arrays = []
     for name, md5 in MNIST_MD5.items():
-        if hashlib.md5(content := read(raw / name)).hexdigest() != md5:
-            raise DataError(CORRUPT.format(f"{raw / name} (or .gz)", "its MD5 sum is not MNIST's"))
-        arrays.append(np.frombuffer(content, np.uint8, offset=16 if "images" in name else 8))  # without the header
-    return make_dataset("mnist", np.concatenate(arrays[:2]), np.concatenate(arrays[2:]))
+        content = read(raw / name)
+        if hashlib.md5(content).hexdigest() != md5:
+            raise corrupt(f"{raw / name} (or .gz)", "its MD5 sum is not MNIST's")
+        header = 16 if "images" in name else 8
+        arrays.append(np.frombuffer(content, np.uint8, offset=header))
+    train_images, test_images, train_labels, test_labels = arrays
+    images = np.concatenate([train_images, test_images]).reshape(-1, 784)
+    labels = np.concatenate([train_labels, test_labels])
+    return make_dataset("mnist", torch.from_numpy(images), torch.from_numpy(labels))
+
+
+def fetch_mnist(raw):
+    """Download with torchvision into a temporary folder, so that no partial files are left."""
+    from torchvision.datasets import MNIST
+    with tempfile.TemporaryDirectory(dir=raw.parent) as folder:
+        MNIST(folder, download=True)
+        raw.mkdir(exist_ok=True)
+        for name in MNIST_MD5:
+            os.replace(Path(folder) / "MNIST" / "raw" / name, raw / name)
 
 
 def load_larochelle(data_dir):
-    """Larochelle's binarization, from three text files or from one .npz, which is downloaded if there is neither."""
-    path, npz = data_dir / "binarized_mnist", data_dir / "binarized_mnist.npz"
-    texts = [read(path / f"binarized_mnist_{name}.amat") for name in LAROCHELLE_MD5]
-    if None not in texts:  # digits, each followed by a space or the end of the line
-        pixels = [np.frombuffer(text, np.uint8)[::2] - ord("0") for text in texts]
+    """Larochelle's binarization: three text files or one .npz, which is downloaded if need be."""
+    folder = data_dir / "binarized_mnist"
+    npz = data_dir / "binarized_mnist.npz"
+    texts = [read(folder / f"binarized_mnist_{name}.amat") for name in LAROCHELLE_MD5]
+    if None not in texts:
+        source = folder
+        pixels = []
+        for text in texts:  # digits, each followed by a space or the end of the line
+            pixels.append(np.frombuffer(text, np.uint8)[::2] - ord("0"))
     else:
+        source = npz
         if not npz.exists():
             download("Larochelle's binarization", npz, lambda: torch.hub.download_url_to_file(
-                LAROCHELLE_URL, npz, hash_prefix="af10774d1da7e037c2f2d0388e6fd51e", progress=False))  # SHA-256
-        path, pixels = npz, read_npz(npz, {f"{name}_data": (-1, 784) for name in LAROCHELLE_MD5})
-    if [hashlib.md5(x).hexdigest() for x in pixels] != list(LAROCHELLE_MD5.values()):
-        raise DataError(CORRUPT.format(path, "the MD5 sums are not those in data/README.md"))
-    return make_dataset("mnist", np.concatenate(pixels, axis=None), binarization="larochelle")
+                LAROCHELLE_URL, npz, hash_prefix=LAROCHELLE_SHA256, progress=False))
+        pixels = read_npz(npz, [f"{name}_data" for name in LAROCHELLE_MD5])
+    for split, md5 in zip(pixels, LAROCHELLE_MD5.values(), strict=True):
+        if hashlib.md5(np.ascontiguousarray(split)).hexdigest() != md5:
+            raise corrupt(source, "the MD5 sums are not those in data/README.md")
+    images = np.concatenate(pixels, axis=None).reshape(-1, 784)
+    return make_dataset("mnist", torch.from_numpy(images), binarization="larochelle")
 
 
+# ---------------------------------------------------------------------------------------- glyphs
 def load_glyphs(path):
-    """70,000 digits drawn in fonts, from the file `path` if it exists; otherwise drawn now and kept there."""
+    """70,000 digits drawn in fonts, from the file `path` if it exists; otherwise drawn now."""
     if path.exists():
-        return make_dataset("glyphs", *read_npz(path, {"images": (70_000, 784), "labels": (70_000,)}))
-    print("drawing the glyphs, once (about 10 seconds) ...")
-    (images, labels), temporary = make_glyphs(sum(SIZES)), path.with_suffix(f".{os.getpid()}.tmp.npz")
-    with contextlib.suppress(OSError):  # in a read-only folder they are drawn anew each time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(temporary, images=images, labels=labels)
-        os.replace(temporary, path)
-    return make_dataset("glyphs", images, labels)
+        images, labels = read_npz(path, ["images", "labels"])
+        if images.shape != (70_000, 784) or labels.shape != (70_000,):
+            raise corrupt(path, f"its arrays are {images.shape} and {labels.shape}")
+    else:
+        print("drawing the glyphs, once (about 10 seconds) ...")
+        images, labels = make_glyphs(sum(SIZES))
+        temporary = path.with_suffix(f".{os.getpid()}.tmp.npz")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.savez_compressed(temporary, images=images, labels=labels)
+            os.replace(temporary, path)
+        except OSError:
+            pass  # in a read-only folder they are drawn anew each time
+    return make_dataset("glyphs", torch.from_numpy(images), torch.from_numpy(labels))
 
 
-def make_glyphs(n, seed=0):
-    """n digits in random fonts, randomly rotated, sheared, scaled and warped: images [n, 784] and labels [n], uint8."""
-    bank = []  # the ten digits in each font and in two stroke widths, at twice MNIST's size
+def draw_digits():
+    """The ten digits in each font, in two stroke widths: [styles, 10, 1, 56, 56] in [0, 1]."""
+    digits = []
     for name in FONTS:
         font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf", 100)
         for stroke, digit in np.ndindex(2, 10):
             image = Image.new("L", (200, 200))
-            ImageDraw.Draw(image).text((100, 100), str(digit), 255, font, anchor="mm", stroke_width=stroke)
-            image = ImageOps.expand(ImageOps.pad(image.crop(image.getbbox()), (40, 40)), 8)
-            bank.append(np.asarray(image, np.float32) / 255)
-    bank = torch.from_numpy(np.stack(bank)).view(-1, 10, 1, 56, 56)  # [styles, digits, 1, 56, 56]
+            pen = ImageDraw.Draw(image)
+            pen.text((100, 100), str(digit), 255, font, anchor="mm", stroke_width=stroke)
+            image = ImageOps.pad(image.crop(image.getbbox()), (40, 40))
+            image = ImageOps.expand(image, 8)  # by a border
+            digits.append(np.asarray(image, np.float32) / 255)
+    return torch.from_numpy(np.stack(digits)).view(-1, 10, 1, 56, 56)
+
+
+def make_glyphs(n, seed=0):
+    """n digits in random fonts, rotated, sheared, scaled and warped: [n, 784] and [n], uint8."""
+    digits = draw_digits()
     generator = torch.Generator().manual_seed(seed)
-    labels, images = torch.randint(10, (n,), generator=generator), []
+    labels = torch.randint(10, (n,), generator=generator)
+    images = []
     for y in labels.split(5000):
-        glyphs = bank[torch.randint(len(bank), y.shape, generator=generator), y]  # [B, 1, 56, 56]
-        # for each of the 28x28 pixels, the grid holds the point of the glyph, in [-1, 1]^2, to sample
-        matrix = torch.eye(2) + 0.15 * torch.randn(len(y), 2, 2, generator=generator)
-        grid = F.affine_grid(F.pad(matrix, (0, 1)), [len(y), 1, 28, 28], align_corners=False)  # [B, 28, 28, 2]
-        waves = F.interpolate(0.07 * torch.randn(len(y), 2, 5, 5, generator=generator), (28, 28), mode="bicubic")
-        image = F.grid_sample(glyphs, grid + waves.permute(0, 2, 3, 1), align_corners=False)  # [B, 1, 28, 28]
-        images.append((255 * (1.2 * image).clamp(max=1)).round().byte().flatten(1))
+        B = len(y)
+        styles = torch.randint(len(digits), (B,), generator=generator)
+        glyphs = digits[styles, y]  # [B, 1, 56, 56]
+        # For each of the 28 x 28 pixels, the grid holds the point of the glyph to sample, in
+        # [-1, 1]^2: an affine map, plus waves.
+        matrix = torch.eye(2) + 0.15 * torch.randn(B, 2, 2, generator=generator)
+        matrix = F.pad(matrix, (0, 1))  # [B, 2, 3], with no shift
+        grid = F.affine_grid(matrix, [B, 1, 28, 28], align_corners=False)  # [B, 28, 28, 2]
+        waves = 0.07 * torch.randn(B, 2, 5, 5, generator=generator)
+        waves = F.interpolate(waves, (28, 28), mode="bicubic").permute(0, 2, 3, 1)
+        warped = F.grid_sample(glyphs, grid + waves, align_corners=False)  # [B, 1, 28, 28]
+        brightened = (1.2 * warped).clamp(max=1)
+        images.append((255 * brightened).round().byte().flatten(1))
     return torch.cat(images).numpy(), labels.byte().numpy()
