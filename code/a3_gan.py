@@ -3,17 +3,20 @@
     python a3_gan.py --n_epochs 200                     # figures and results in report/figures/gan
     python a3_gan.py --n_epochs 20 --out_dir gan20      # a tenth of the time
 
-Expect a Fréchet distance to the test images of 0.75 (training images: 0.67), after 42 to 73 minutes on two cores.
-Sources: Goodfellow et al. (2014), Generative Adversarial Nets; Mescheder et al. (2018) for the gradient penalty; Yazici
-et al. (2019) for averaging the generator; Heusel et al. (2017) for the Fréchet distance and two learning rates.
+Expect a Fréchet distance to the test images of 0.75 (training images: 0.67), after 42 to 73
+minutes on two cores. Sources: Goodfellow et al. (2014), Generative Adversarial Nets; Mescheder et
+al. (2018) for the gradient penalty; Yazici et al. (2019) for averaging the generator; Heusel et al.
+(2017) for the Fréchet distance and two learning rates.
 """
 
 import argparse
 import copy
+import csv
 import itertools
 import json
 import math
 import os
+import platform
 import sys
 import tempfile
 import time
@@ -30,25 +33,36 @@ from tqdm import tqdm
 
 from datasets import DATA_DIR, DataError, load
 
-BATCH_NORM_EPOCHS = 3  # then batch norm's means and variances are frozen, and G is trained as it is evaluated
-R1_GAMMA, R1_EVERY = 10.0, 16  # weight of the gradient penalty, without which D memorises; on every 16th batch only
-FID_EVERY = 10  # epochs between measurements of the Fréchet distance, besides the first and the last
+BATCH_NORM_EPOCHS = 3  # then batch norm is frozen, and the generator trained as it is evaluated
+R1_GAMMA = 10.0  # weight of the gradient penalty, without which the discriminator memorises
+R1_EVERY = 16  # the penalty is computed on every 16th batch only
+FID_EVERY = 10  # epochs between measurements of the Fréchet distance, besides the first and last
 FIGURES = Path(__file__).resolve().parents[1] / "report" / "figures"
-FORMAT = "a3_gan 4"  # of checkpoints; files of another script or version are rejected
+FORMAT = "a3_gan 5"  # of checkpoints; files of another script or version are rejected
+SETTINGS = ("latent_dim", "epochs", "batch_size", "lr", "seed", "save_interval", "dataset",
+            "dataset_md5", "dry_run")
 
 
-# ----------------------------------------------------------------------------------------------------------- model
+# ----------------------------------------------------------------------------------------- model
 class Generator(nn.Module):
     def __init__(self, latent_dim=100):
         super().__init__()
         self.latent_dim = latent_dim
         self.net = nn.Sequential(
-            nn.Linear(latent_dim, 256, bias=False), nn.BatchNorm1d(256), nn.ReLU(),
-            nn.Linear(256, 64 * 7 * 7, bias=False), nn.BatchNorm1d(64 * 7 * 7), nn.ReLU(),
-            nn.Unflatten(1, (64, 7, 7)),
-            nn.Conv2d(64, 4 * 16, 3, padding=1, bias=False), nn.PixelShuffle(2),  # [B, 64, 7, 7] -> [B, 16, 14, 14]
-            nn.BatchNorm2d(16), nn.ReLU(),
-            nn.Conv2d(16, 4, 3, padding=1), nn.PixelShuffle(2), nn.Tanh())        # [B, 4, 14, 14] -> [B, 1, 28, 28]
+            nn.Linear(latent_dim, 256, bias=False),              # [B, 256]
+            nn.BatchNorm1d(256),
+            nn.ReLU(),
+            nn.Linear(256, 64 * 7 * 7, bias=False),              # [B, 3136]
+            nn.BatchNorm1d(64 * 7 * 7),
+            nn.ReLU(),
+            nn.Unflatten(1, (64, 7, 7)),                         # [B, 64, 7, 7]
+            nn.Conv2d(64, 4 * 16, 3, padding=1, bias=False),     # [B, 64, 7, 7]
+            nn.PixelShuffle(2),                                  # [B, 16, 14, 14]
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 4, 3, padding=1),                      # [B, 4, 14, 14]
+            nn.PixelShuffle(2),                                  # [B, 1, 28, 28]
+            nn.Tanh())
 
     def forward(self, z):
         """z [B, latent_dim] -> images [B, 1, 28, 28] in [-1, 1]."""
@@ -57,12 +71,18 @@ class Generator(nn.Module):
 
 class Discriminator(nn.Module):
     """The score is the logit of D(x), the probability that x is real: D(x) = sigmoid(score)."""
+
     def __init__(self):
         super().__init__()
         self.net = nn.Sequential(
-            nn.Conv2d(1, 16, 4, stride=2, padding=1), nn.LeakyReLU(0.2),   # [B, 16, 14, 14]
-            nn.Conv2d(16, 32, 4, stride=2, padding=1), nn.LeakyReLU(0.2),  # [B, 32, 7, 7]
-            nn.Flatten(), nn.Linear(32 * 7 * 7, 128), nn.LeakyReLU(0.2), nn.Linear(128, 1))
+            nn.Conv2d(1, 16, 4, stride=2, padding=1),     # [B, 16, 14, 14]
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(16, 32, 4, stride=2, padding=1),    # [B, 32, 7, 7]
+            nn.LeakyReLU(0.2),
+            nn.Flatten(),                                 # [B, 1568]
+            nn.Linear(32 * 7 * 7, 128),                   # [B, 128]
+            nn.LeakyReLU(0.2),
+            nn.Linear(128, 1))                            # [B, 1]
 
     def forward(self, img):
         """img [B, 1, 28, 28] in [-1, 1] -> scores [B, 1], real numbers."""
@@ -70,19 +90,26 @@ class Discriminator(nn.Module):
 
 
 def discriminator_loss(real_scores, fake_scores):
-    """-E log D(x) - E log(1 - D(G(z))) = -V of equation 15: scores [B, 1] each -> a scalar, log 4 at equilibrium."""
-    return F.softplus(-real_scores).mean() + F.softplus(fake_scores).mean()  # -log sigmoid(s) = softplus(-s)
+    """-E log D(x) - E log(1 - D(G(z))) = -V of equation 15: scores [B, 1] each -> a scalar.
+
+    It is log 4 at equilibrium. Since D = sigmoid(s), -log D = softplus(-s).
+    """
+    return F.softplus(-real_scores).mean() + F.softplus(fake_scores).mean()
 
 
 def generator_loss(fake_scores):
-    """-E log D(G(z)), the non-saturating loss (question 2.4): scores [B, 1] -> a scalar, log 2 at equilibrium."""
+    """-E log D(G(z)), the non-saturating loss (question 2.4): scores [B, 1] -> a scalar.
+
+    It is log 2 at equilibrium.
+    """
     return F.softplus(-fake_scores).mean()
 
 
 def gradient_penalty(discriminator, images):
-    """E |d score / d x|^2 over real images, a scalar: R1 of Mescheder et al. (2018), without its factor gamma / 2."""
+    """E |d score / d x|^2 over real images, a scalar: R1 of Mescheder et al. (2018)."""
     images = images.detach().requires_grad_()
-    gradient, = torch.autograd.grad(discriminator(images).sum(), images, create_graph=True)  # [B, 1, 28, 28]
+    scores = discriminator(images)
+    gradient, = torch.autograd.grad(scores.sum(), images, create_graph=True)  # [B, 1, 28, 28]
     return gradient.square().sum((1, 2, 3)).mean()  # over pixels, over the batch
 
 
@@ -93,9 +120,13 @@ def to_images(pixels):
 
 @torch.no_grad()
 def generate(generator, z):
-    """Noise z [N, latent_dim] -> pixels uint8 [N, 784], both on the CPU. The generator must be in eval mode."""
-    images = (generator(batch.to(next(generator.parameters()).device)) for batch in z.split(1000))  # [1000, 1, 28, 28]
-    return torch.cat([(127.5 * (x + 1)).round().byte().flatten(1).cpu() for x in images])
+    """Noise z [N, latent_dim] -> pixels uint8 [N, 784], both on the CPU; G must be in eval mode."""
+    device = next(generator.parameters()).device
+    pixels = []
+    for batch in z.split(1000):
+        images = generator(batch.to(device))  # [1000, 1, 28, 28] in [-1, 1]
+        pixels.append((127.5 * (images + 1)).round().byte().flatten(1).cpu())
+    return torch.cat(pixels)
 
 
 def noise(n, latent_dim, seed):
@@ -103,40 +134,53 @@ def noise(n, latent_dim, seed):
     return torch.randn(n, latent_dim, generator=torch.Generator().manual_seed(seed))
 
 
-# ----------------------------------------------------------------------------------------- training and evaluation
+# -------------------------------------------------------------------------------------- training
 @torch.no_grad()
 def update_average(averaged, model, n_updates):
-    """averaged = decay * averaged + (1 - decay) * model, a moving average of the weights, in place."""
-    decay = (1 + n_updates) / (10 + n_updates)  # the average is over about the last tenth of all updates
-    tensors = [[*m.parameters(), *filter(torch.is_floating_point, m.buffers())] for m in (averaged, model)]
-    torch._foreach_lerp_(*tensors, 1 - decay)  # the buffers are the running means and variances of batch norm
+    """averaged = decay * averaged + (1 - decay) * model, a moving average of the weights."""
+    decay = (1 + n_updates) / (10 + n_updates)  # averages about the last tenth of all updates
+    for average, current in zip(averaged.parameters(), model.parameters(), strict=True):
+        average.lerp_(current, 1 - decay)
+    for average, current in zip(averaged.buffers(), model.buffers(), strict=True):
+        if current.is_floating_point():  # batch norm's means and variances
+            average.lerp_(current, 1 - decay)
 
 
-def train(dataloader, discriminator, generator, optimizer_G, optimizer_D, schedules=(), averaged=None, save_interval=0,
-          out_dir=None):
+def train(dataloader, discriminator, generator, optimizer_G, optimizer_D, schedules=(),
+          averaged=None, save_interval=0, out_dir=None):
     """One epoch: for each batch an update of the discriminator, then one of the generator.
 
-    `dataloader`: any iterable of batches of images [B, 1, 28, 28] in [-1, 1], with or without labels. Returns the mean
-    losses of the discriminator, without the gradient penalty, and of the generator, nats.
+    dataloader: any iterable of batches of images [B, 1, 28, 28] in [-1, 1], with or without labels.
+    Returns the mean losses of the discriminator, without the penalty, and of the generator, nats.
     """
     device = next(generator.parameters()).device
-    total, n_images = 0, 0
-    for step, batch in enumerate(dataloader):
-        images = (batch[0] if isinstance(batch, (list, tuple)) else batch).to(device)
-        fake = generator(torch.randn(len(images), generator.latent_dim, device=device))
+    total_D, total_G, n_images = 0, 0, 0
+    bar = tqdm(dataloader, leave=False, disable=None)  # None: no bar if it is not a terminal
+    for step, batch in enumerate(bar, start=1):
+        images = batch[0] if isinstance(batch, (list, tuple)) else batch
+        images = images.to(device)
+        z = torch.randn(len(images), generator.latent_dim, device=device)
+        fake = generator(z)
+
+        # The discriminator's step
         discriminator.requires_grad_(True)
-        real_scores, fake_scores = discriminator(torch.cat([images, fake.detach()])).chunk(2)
+        scores = discriminator(torch.cat([images, fake.detach()]))
+        real_scores, fake_scores = scores.chunk(2)
         loss_D = discriminator_loss(real_scores, fake_scores)
         optimizer_D.zero_grad()
         loss_D.backward()
-        if step % R1_EVERY == 0:  # lazy regularization: rarely, but with more weight (Karras et al. 2020)
-            (R1_GAMMA / 2 * R1_EVERY * gradient_penalty(discriminator, images)).backward()
+        if step % R1_EVERY == 1:  # rarely, but with more weight (Karras et al. 2020)
+            penalty = gradient_penalty(discriminator, images)
+            (R1_GAMMA / 2 * R1_EVERY * penalty).backward()
         optimizer_D.step()
-        discriminator.requires_grad_(False)  # the generator's step passes through it, but does not change it
+
+        # The generator's step, which passes through the discriminator without changing it
+        discriminator.requires_grad_(False)
         loss_G = generator_loss(discriminator(fake))
         optimizer_G.zero_grad()
         loss_G.backward()
         optimizer_G.step()
+
         for schedule in schedules:
             schedule.step()
         if averaged is not None:
@@ -144,23 +188,42 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D, schedu
             update_average(averaged, generator, n_updates)
             if save_interval and n_updates % save_interval == 0:
                 save_samples(averaged, out_dir / f"batch_{n_updates:07d}.png")
-        total += torch.stack([loss_D, loss_G]).detach() * len(images)  # .item() would make the CPU wait for the GPU
+        total_D += loss_D.detach() * len(images)
+        total_G += loss_G.detach() * len(images)
         n_images += len(images)
-    return (total / n_images).tolist()
+        if step % 100 == 0:  # not more often: .item() makes the CPU wait for the GPU
+            losses = f"D {total_D.item() / n_images:.3f}, G {total_G.item() / n_images:.3f}"
+            bar.set_postfix_str(losses)
+    return float(total_D) / n_images, float(total_G) / n_images
 
 
+# ------------------------------------------------------------------------------------ evaluation
 def train_classifier(images, labels, epochs=5, batch_size=128):
-    """A LeNet-5 (LeCun et al. 1998) with the same seed in every run, whose features are used to evaluate samples."""
+    """A LeNet-5 (LeCun et al. 1998), whose features are used to evaluate samples.
+
+    Its seed is always the same, so that all runs are measured alike.
+    """
     torch.manual_seed(0)
     classifier = nn.Sequential(
-        nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2),   # [B, 6, 12, 12]
-        nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),  # [B, 16, 4, 4]
-        nn.Flatten(), nn.Linear(256, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10))
+        nn.Conv2d(1, 6, 5),     # [B, 6, 24, 24]
+        nn.ReLU(),
+        nn.MaxPool2d(2),        # [B, 6, 12, 12]
+        nn.Conv2d(6, 16, 5),    # [B, 16, 8, 8]
+        nn.ReLU(),
+        nn.MaxPool2d(2),        # [B, 16, 4, 4]
+        nn.Flatten(),           # [B, 256]
+        nn.Linear(256, 120),
+        nn.ReLU(),
+        nn.Linear(120, 84),
+        nn.ReLU(),
+        nn.Linear(84, 10))      # logits, [B, 10]
+    n_updates = epochs * math.ceil(len(images) / batch_size)
     optimizer = torch.optim.AdamW(classifier.parameters(), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, epochs * math.ceil(len(images) / batch_size))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, n_updates)
     for _ in range(epochs):
         for indices in torch.randperm(len(images)).split(batch_size):
-            loss = F.cross_entropy(classifier(to_images(images[indices])), labels[indices].long())
+            logits = classifier(to_images(images[indices]))
+            loss = F.cross_entropy(logits, labels[indices].long())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -170,291 +233,505 @@ def train_classifier(images, labels, epochs=5, batch_size=128):
 
 @torch.no_grad()
 def classify(classifier, pixels):
-    """Pixels uint8 [N, 784] -> features [N, 84], of the penultimate layer, and probabilities [N, 10]."""
+    """Pixels uint8 [N, 784] -> features [N, 84], of the last layer but one, and probabilities."""
     features = torch.cat([classifier[:-1](to_images(batch)) for batch in pixels.split(1000)])
     return features, classifier[-1](features).softmax(1)
 
 
 def frechet_distance(a, b):
-    """|mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of features [N, d] (Heusel et al. 2017, equation 6)."""
+    """|mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of features [N, d] each.
+
+    Heusel et al. (2017), equation 6.
+    """
     a, b = a.double().numpy(), b.double().numpy()
     S_a, S_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    trace_root = np.sqrt(np.linalg.eigvals(S_a @ S_b).real.clip(min=0)).sum()  # the sum of the root's eigenvalues
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(S_a) + np.trace(S_b) - 2 * trace_root)
+    eigenvalues = np.linalg.eigvals(S_a @ S_b).real.clip(min=0)
+    trace_of_root = np.sqrt(eigenvalues).sum()  # the trace is the sum of the root's eigenvalues
+    distance = ((a.mean(0) - b.mean(0)) ** 2).sum()
+    return float(distance + np.trace(S_a) + np.trace(S_b) - 2 * trace_of_root)
 
 
-def coverage(real, fake, k=5):
-    """Share of the real features [N, d] with a fake one closer than their k-th real neighbour (Naeem et al. 2020)."""
-    radius = torch.cat([torch.cdist(x, real).kthvalue(k + 1).values for x in real.split(1000)])  # + 1: one is itself
-    nearest = torch.cat([torch.cdist(x, fake).amin(1) for x in real.split(1000)])
-    return (nearest < radius).double().mean().item()
+def neighbour_radii(real, k=5):
+    """The distance of each real feature [N, d] to its k-th nearest other one, [N]."""
+    radii = []
+    for batch in real.split(1000):
+        distances = torch.cdist(batch, real)
+        radii.append(distances.kthvalue(k + 1).values)  # + 1: the nearest one is itself
+    return torch.cat(radii)
 
 
-def mean_of_sets(measure, real, fake):
-    """Mean of measure(real, part) over parts of the fake features that are as large as the real set: one is noisy."""
-    return float(np.mean([measure(real, part) for part in fake.chunk(max(1, len(fake) // len(real)))]))
+def coverage(real, fake, radii):
+    """Share of the real features [N, d] with a fake one within their radii (Naeem et al. 2020)."""
+    nearest = torch.cat([torch.cdist(batch, fake).amin(1) for batch in real.split(1000)])
+    return (nearest < radii).double().mean().item()
+
+
+def sets_of_fakes(real, fake):
+    """The fake features in sets as large as the real set. One set alone is noisy."""
+    return fake.chunk(max(1, len(fake) // len(real)))
+
+
+def mean_frechet_distance(real, fake):
+    """Mean Fréchet distance of the sets of fake features to the real features, [N, 84] each."""
+    return float(np.mean([frechet_distance(real, part) for part in sets_of_fakes(real, fake)]))
+
+
+def mean_coverage(real, fake):
+    """Mean coverage of the real features by the sets of fake ones, [N, 84] each."""
+    radii = neighbour_radii(real)
+    return float(np.mean([coverage(real, part, radii) for part in sets_of_fakes(real, fake)]))
 
 
 def nearest_distance(pixels, train_pixels):
-    """Distance of each image [N, 784] to the nearest training image, [N]: Euclidean, with pixels in [0, 1]."""
+    """Distance of each image [N, 784] to the nearest training image, [N], with pixels in [0, 1]."""
     train_images = train_pixels.float() / 255
-    return torch.cat([torch.cdist(batch / 255, train_images).min(dim=1).values for batch in pixels.float().split(250)])
+    nearest = []
+    for batch in pixels.float().split(250):
+        nearest.append(torch.cdist(batch / 255, train_images).amin(1))
+    return torch.cat(nearest)
 
 
 def score(pixels, classifier, train_images, test_images):
-    """Compare samples, uint8 [N, 784], with the test images, in sets of as many, and 2000 with the training images."""
+    """Compare samples, uint8 [N, 784], with the test images and 2000 with the training images.
+
+    Fréchet distance and coverage are means over sets of samples as large as the test set.
+    """
     fake, probabilities = classify(classifier, pixels)
-    real = classify(classifier, test_images)[0]
-    return {"fid": mean_of_sets(frechet_distance, real, fake), "coverage": mean_of_sets(coverage, real, fake),
-            "confident_share": (probabilities.amax(1) > 0.9).double().mean().item(),
-            "nearest_train_distance": nearest_distance(pixels[:2000], train_images).median().item(),
-            "class_shares": (probabilities.argmax(1).bincount(minlength=10).double() / len(pixels)).tolist()}
+    real, _ = classify(classifier, test_images)
+    digits = probabilities.argmax(1)
+    return {
+        "fid": mean_frechet_distance(real, fake),
+        "coverage": mean_coverage(real, fake),
+        "confident_share": (probabilities.amax(1) > 0.9).double().mean().item(),
+        "nearest_train_distance": nearest_distance(pixels[:2000], train_images).median().item(),
+        "class_shares": (digits.bincount(minlength=10).double() / len(pixels)).tolist(),
+    }
 
 
 def slerp(start, end, n=9):
-    """Spherical interpolation: n points [n, d] from start to end at equal angles (Shoemake 1985)."""
+    """n points [n, d] from start to end on a sphere, at equal angles (Shoemake 1985)."""
     angle = torch.acos(F.cosine_similarity(start, end, dim=0))
-    weight = torch.sin(torch.linspace(0, 1, n) * angle).unsqueeze(1) / torch.sin(angle)  # [n, 1], from 0 to 1
+    weight = torch.sin(torch.linspace(0, 1, n) * angle) / torch.sin(angle)
+    weight = weight.unsqueeze(1)  # [n, 1], from 0 to 1
     return weight.flip(0) * start + weight * end
 
 
-# --------------------------------------------------------------------------------------------------------- figures
+# --------------------------------------------------------------------------------------- figures
 def save_curves(rows, filename, fid_floor):
-    """Losses of each epoch with their values at equilibrium, and the Fréchet distance to validation images."""
+    """Losses of each epoch, with their values at equilibrium, and the Fréchet distance."""
     figure = Figure(figsize=(6, 2.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for key, name, n in (("loss_D", "discriminator", 4), ("loss_G", "generator", 2)):
-        line, = left.plot(range(1, len(rows) + 1), [row[key] for row in rows], label=f"{name} ({rows[-1][key]:.3f})")
-        left.axhline(math.log(n), color=line.get_color(), linestyle=":", label=f"log {n} = {math.log(n):.3f}")
+
+    epochs = [row["epoch"] for row in rows]
+    losses_D = [row["loss_D"] for row in rows]
+    losses_G = [row["loss_G"] for row in rows]
+    left.plot(epochs, losses_D, "C0", label=f"discriminator ({losses_D[-1]:.3f})")
+    left.axhline(math.log(4), color="C0", linestyle=":", label=f"log 4 = {math.log(4):.3f}")
+    left.plot(epochs, losses_G, "C1", label=f"generator ({losses_G[-1]:.3f})")
+    left.axhline(math.log(2), color="C1", linestyle=":", label=f"log 2 = {math.log(2):.3f}")
     left.set(xlabel="epoch", ylabel="loss (nats)")
-    fids = {row["epoch"]: row["val_fid"] for row in rows if not math.isnan(row["val_fid"])}
-    right.plot(fids.keys(), fids.values(), ".-", label=f"samples (best {min(fids.values()):.2f})")
-    right.axhline(fid_floor, color="black", linestyle=":", label=f"training images ({fid_floor:.2f})")
-    right.set(xlabel="epoch", ylabel="Fréchet distance", ylim=(0, 2.5 * max(fid_floor, min(fids.values()))))
-    for axes in (left, right):
-        axes.legend()
+    left.legend()
+
+    measured = [row for row in rows if not math.isnan(row["val_fid"])]
+    fids = [row["val_fid"] for row in measured]
+    epochs = [row["epoch"] for row in measured]
+    right.plot(epochs, fids, ".-", label=f"samples (best {min(fids):.2f})")
+    label = f"training images ({fid_floor:.2f})"
+    right.axhline(fid_floor, color="black", linestyle=":", label=label)
+    right.set(xlabel="epoch", ylabel="Fréchet distance", ylim=(0, 2.5 * max(fid_floor, min(fids))))
+    right.legend()
     figure.savefig(filename)
 
 
 def save_grid(images, filename, nrow):
-    """Write images [N, 784] in [0, 1] as a grid, `nrow` in a row, black on white, three times enlarged."""
-    images = F.interpolate(1 - images.detach().float().cpu().view(-1, 1, 28, 28), scale_factor=3)  # [N, 1, 84, 84]
-    save_image(images, filename, nrow=nrow, padding=2, pad_value=0.8)
+    """Write images [N, 784] in [0, 1] as a grid, `nrow` in a row, black on white, enlarged."""
+    images = 1 - images.detach().float().cpu().view(-1, 1, 28, 28)
+    enlarged = F.interpolate(images, scale_factor=3)  # [N, 1, 84, 84]
+    save_image(enlarged, filename, nrow=nrow, padding=2, pad_value=0.8)
 
 
 def save_samples(generator, filename):
     """25 samples, from the same noise each time (question 2.6)."""
-    save_grid(generate(generator, noise(25, generator.latent_dim, seed=0)) / 255, filename, nrow=5)
+    z = noise(25, generator.latent_dim, seed=0)
+    save_grid(generate(generator, z) / 255, filename, nrow=5)
 
 
 def save_interpolation(generator, classifier, filename):
-    """Nine images on the most even of the 45 paths between the digits (question 2.7). Returns what is at its ends."""
+    """Nine images on the most even of the 45 paths between the digits (question 2.7).
+
+    Returns what is at its ends.
+    """
     z = noise(1000, generator.latent_dim, seed=2)
-    probabilities = classify(classifier, generate(generator, z))[1].numpy()             # [1000, 10]
-    samples, digits = linear_sum_assignment(probabilities, maximize=True)               # a sure sample of each digit
-    pairs = list(itertools.combinations(range(10), 2))
-    paths = [generate(generator, slerp(z[samples[i]], z[samples[j]])) for i, j in pairs]  # [9, 784] each
-    steps = torch.stack([path.float().diff(dim=0).norm(dim=1) for path in paths])       # [45, 8]
-    best = (steps.amax(1) / steps.mean(1)).argmin()
-    save_grid(paths[best] / 255, filename, nrow=9)
-    return {"path": "spherical", "digits": [int(digits[i]) for i in pairs[best]],
-            "probabilities": [float(probabilities[samples[i], digits[i]]) for i in pairs[best]]}
+    _, probabilities = classify(classifier, generate(generator, z))  # [1000, 10]
+    probabilities = probabilities.numpy()
+    samples, digits = linear_sum_assignment(probabilities, maximize=True)  # one of each digit
+    best = None
+    for i, j in itertools.combinations(range(10), 2):
+        path = generate(generator, slerp(z[samples[i]], z[samples[j]]))  # [9, 784]
+        steps = path.float().diff(dim=0).norm(dim=1)                     # [8]
+        unevenness = steps.amax() / steps.mean()
+        if best is None or unevenness < best[0]:
+            best = unevenness, i, j, path
+    _, i, j, path = best
+    save_grid(path / 255, filename, nrow=9)
+    return {
+        "path": "spherical",
+        "digits": [int(digits[i]), int(digits[j])],
+        "probabilities": [float(probabilities[samples[k], digits[k]]) for k in (i, j)],
+    }
 
 
-# ----------------------------------------------------------------------------------------------------- checkpoints
+# --------------------------------------------------------------------------- the files of a run
+def run_dir(args):
+    """The folder of the run. Runs on glyphs have their own, so that MNIST's figures are safe."""
+    if args.out_dir:
+        return args.out_dir
+    name = "gan"
+    if args.dataset == "glyphs":
+        name += "_glyphs"
+    return FIGURES / name
+
+
 def save(content, path):
-    """torch.save through a temporary file, so that an interrupted save leaves the old file intact."""
-    torch.save(content, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    """torch.save by way of a temporary file: an interruption leaves the old file intact."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    torch.save(content, temporary)
+    os.replace(temporary, path)
 
 
 def load_checkpoint(path):
-    """The content of a checkpoint.pt, best.pt or weights.pt of this script. Raises OSError for any other file."""
+    """The content of a checkpoint.pt or weights.pt. Raises OSError for any other file."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)  # so that a file cannot run code
+        content = torch.load(path, map_location="cpu", weights_only=True)  # it cannot run code
         if content["format"] == FORMAT:
             return content
     except Exception:  # torch raises exceptions of many types
         pass
-    raise OSError(f"{path} is missing, damaged or of another version: train first, or set --out_dir")
+    raise OSError(f"{path} is missing, damaged or of another version: "
+                  "train first, or set --out_dir")
 
 
 def load_model(checkpoint, device="cpu"):
-    """The trained generator (averaged weights) in eval mode, from checkpoint.pt (last epoch), best.pt or weights.pt."""
+    """The trained generator in eval mode, from a run's checkpoint.pt (its best) or weights.pt."""
     content = load_checkpoint(checkpoint)
     generator = Generator(content["latent_dim"])
-    generator.load_state_dict(content["averaged"])
+    generator.load_state_dict(content["best"])
     return generator.to(device).eval()
 
 
-# ------------------------------------------------------------------------------------------------------------ main
+def keep_unfinished_run(out_dir):
+    """Rename the checkpoint of a run that has no results, so that a new run does not replace it."""
+    checkpoint = out_dir / "checkpoint.pt"
+    if checkpoint.exists() and not (out_dir / "results.json").exists():
+        kept = out_dir / f"checkpoint-{time.strftime('%Y%m%d-%H%M%S')}.pt"
+        os.replace(checkpoint, kept)
+        print(f"{out_dir} has an unfinished run, whose checkpoint is kept as {kept.name}",
+              file=sys.stderr)
+
+
+def write_metrics(rows, path):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def peak_memory_mb(device):
+    """The most memory that this run has used: of the GPU, or of the process; None on Windows."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) // 2 ** 20
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":
+        return peak // 2 ** 20  # from bytes
+    return peak // 2 ** 10  # from KiB
+
+
+def processor_name(device):
+    """The name of the GPU or, as well as the system tells it, of the CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+# ------------------------------------------------------------------------------------------ main
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(  # no usage line, so that an error is a single line
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)
-    add = parser.add_argument_group("model and training").add_argument
-    add("--latent_dim", type=int, default=100, help="dimensions of the noise z (default: %(default)s)")
-    add("--epochs", "--n_epochs", type=int, default=200, help="passes over the training images (default: %(default)s)")
-    add("--batch_size", type=int, default=64, help="images per update (default: %(default)s)")
-    add("--lr", type=float, default=1e-3, help="G's first learning rate; D's is half (default: %(default)s)")
-    add("--seed", type=int, default=42, help="seed of weights, image order and noise (default: %(default)s)")
-    add("--device", help="cpu, cuda or mps (default: %(default)s)", default="cuda" if torch.cuda.is_available() else
-        "mps" if torch.backends.mps.is_available() else "cpu")
-    add = parser.add_argument_group("data and output").add_argument
-    add("--dataset", choices=["auto", "mnist", "glyphs"], default="auto",
-        help="auto: MNIST or, if that is not available, glyphs (digits drawn in fonts) (default: %(default)s)")
-    add("--data_dir", type=Path, default=DATA_DIR, help="folder of the data (default: %(default)s)")
-    add("--out_dir", type=Path, help="folder of the run (default: report/figures/gan)")
-    add("--save_interval", type=int, default=0, help="draw samples every so many batches (default: never)")
-    add = parser.add_argument_group("instead of a full new run").add_mutually_exclusive_group().add_argument
-    add("--dry_run", action="store_true", help="a few batches of everything, in a temporary folder or in --out_dir")
-    add("--resume", action="store_true", help="continue the run in its folder, with its own settings")
-    add("--sample", type=int, metavar="N", help="write N samples of the trained model to samples.npz and samples.png")
-    add("--score", type=Path, metavar="FILE", default=argparse.SUPPRESS, help="measure the images in an .npz file")
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = "cuda"
+    elif torch.backends.mps.is_available():
+        device = "mps"
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS)  # so that an error is a single line
+
+    group = parser.add_argument_group("model and training")
+    group.add_argument("--latent_dim", type=int, default=100,
+                       help="dimensions of the noise z (default: %(default)s)")
+    group.add_argument("--epochs", "--n_epochs", type=int, default=200,
+                       help="passes over the training images (default: %(default)s)")
+    group.add_argument("--batch_size", type=int, default=64,
+                       help="images per update (default: %(default)s)")
+    group.add_argument("--lr", type=float, default=1e-3,
+                       help="first learning rate of the generator; the discriminator has half of "
+                            "it (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=42,
+                       help="seed of weights, image order and noise (default: %(default)s)")
+    group.add_argument("--device", default=device,
+                       help="cpu, cuda or mps (default: %(default)s)")
+
+    group = parser.add_argument_group("data and output")
+    group.add_argument("--dataset", choices=["auto", "mnist", "glyphs"], default="auto",
+                       help="auto: MNIST or, if that is not available, glyphs (digits drawn in "
+                            "fonts) (default: %(default)s)")
+    group.add_argument("--data_dir", type=Path, default=DATA_DIR,
+                       help="folder of the data (default: %(default)s)")
+    group.add_argument("--out_dir", type=Path,
+                       help="folder of the run (default: report/figures/gan)")
+    group.add_argument("--save_interval", type=int, default=0,
+                       help="draw samples every so many batches (default: never)")
+
+    group = parser.add_argument_group("instead of a full new run").add_mutually_exclusive_group()
+    group.add_argument("--dry_run", action="store_true",
+                       help="a few batches of everything, in a temporary folder or in --out_dir")
+    group.add_argument("--resume", action="store_true",
+                       help="continue the run in its folder, with its own settings")
+    group.add_argument("--sample", type=int, metavar="N",
+                       help="write N samples of the trained model to samples.npz and samples.png")
+    group.add_argument("--score", type=Path, metavar="FILE",
+                       help="compare the images in an .npz file with the test images")
+
     args = parser.parse_args(argv)
-    for name, low in (("latent_dim", 2), ("epochs", 1), ("batch_size", 2), ("lr", 1e-9), ("seed", 0), ("sample", 1)):
-        if getattr(args, name) is not None and not low <= getattr(args, name) < 2 ** 31:
+    lowest = {"latent_dim": 2, "epochs": 1, "batch_size": 2, "lr": 1e-9, "seed": 0, "sample": 1}
+    for name, low in lowest.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value < 2 ** 31:
             parser.error(f"--{name} must be between {low} and {2 ** 31 - 1}")
     try:
         torch.zeros(1, device=args.device).item()
     except Exception as error:  # torch raises exceptions of many types
-        parser.error(f"--device {args.device} cannot be used: {str(error).partition(chr(10))[0]}")
+        reason = str(error).splitlines()[0]
+        parser.error(f"--device {args.device} cannot be used: {reason}")
     return args
 
 
-def run_dir(args):
-    """The folder of the run. Glyphs get one of their own, so that they never overwrite the figures of MNIST."""
-    return args.out_dir or FIGURES / f"gan{'_glyphs' if args.dataset == 'glyphs' else ''}"
-
-
 def write_samples(args):
-    """--sample: N samples, uint8 [N, 28, 28], in samples.npz, and the first of them in samples.png."""
-    generator = load_model(run_dir(args) / "weights.pt", args.device)
-    samples = generate(generator, noise(args.sample, generator.latent_dim, args.seed)).view(-1, 28, 28)
-    np.savez_compressed(run_dir(args) / "samples.npz", samples=samples)
-    save_grid(samples[:100] / 255, run_dir(args) / "samples.png", nrow=10)
-    print(f"{args.sample} samples are in {run_dir(args)}")
+    """--sample: N samples, uint8 [N, 28, 28], in samples.npz, and the first 100 in samples.png."""
+    out_dir = run_dir(args)
+    generator = load_model(out_dir / "weights.pt", args.device)
+    samples = generate(generator, noise(args.sample, generator.latent_dim, args.seed))
+    np.savez_compressed(out_dir / "samples.npz", samples=samples.view(-1, 28, 28))
+    save_grid(samples[:100] / 255, out_dir / "samples.png", nrow=10)
+    print(f"{args.sample} samples are in {out_dir}")
 
 
 def write_scores(args):
-    """--score: compare the images in a file with the test images, and, as a reference, training images with these."""
+    """--score: compare the images in a file, and as many training images, with the test images."""
+    samples = {}
     try:
-        samples = {name: torch.from_numpy(images).view(-1, 784) for name, images in np.load(args.score).items()}
+        for name, images in np.load(args.score).items():
+            samples[name] = torch.from_numpy(images).view(-1, 784)
     except Exception:  # numpy and torch raise exceptions of many types
         samples = {}
-    if not samples or any(len(pixels) < 100 or pixels.dtype != torch.uint8 for pixels in samples.values()):
-        raise OSError(f"{args.score} is not an .npz file of at least 100 images, uint8 [N, 28, 28]")
-    data, n = load(args.dataset, args.data_dir), max(map(len, samples.values()))
-    samples["training images"], others = data.train.images[:n], data.train.images[2000:]  # none is its own nearest
+    unusable = [x for x in samples.values() if len(x) < 100 or x.dtype != torch.uint8]
+    if unusable or not samples:
+        raise OSError(f"{args.score} is not an .npz file of at least 100 images, "
+                      "uint8 [N, 28, 28]")
+    data = load(args.dataset, args.data_dir)
+    n = max(len(pixels) for pixels in samples.values())
+    samples["training images"] = data.train.images[:n]
+    others = data.train.images[2000:]  # none is its own nearest one
     classifier = train_classifier(*data.train)
-    scores = {name: score(pixels, classifier, others, data.test.images) for name, pixels in samples.items()}
-    for name, values in scores.items():
-        print(f"{name}: " + "  ".join(f"{key} {np.round(value, 3)}" for key, value in values.items()))
+    scores = {}
+    for name, pixels in samples.items():
+        scores[name] = score(pixels, classifier, others, data.test.images)
+        values = [f"{key} {np.round(value, 3)}" for key, value in scores[name].items()]
+        print(f"{name}: " + "  ".join(values))
     args.score.with_name("scores.json").write_text(json.dumps(scores, indent=2) + "\n")
 
 
 def main(args):
-    checkpoint = load_checkpoint(run_dir(args) / "checkpoint.pt") if args.resume else None
-    vars(args).update({**checkpoint["settings"], "out_dir": run_dir(args)} if checkpoint else {})
+    checkpoint = None
+    if args.resume:
+        args.out_dir = run_dir(args)
+        checkpoint = load_checkpoint(args.out_dir / "checkpoint.pt")
+        vars(args).update(checkpoint["settings"])  # those of the run, not the flags of today
+
+    # Data
     data = load(args.dataset, args.data_dir)
-    if getattr(args, "dataset_md5", data.md5) != data.md5:  # that of the checkpoint
-        raise DataError(f"the run in {run_dir(args)} began with other images: give their --data_dir, or start again")
-    args.dataset, args.dataset_md5 = data.name, data.md5  # no longer auto
-    (train_images, train_labels), (val_images, _), (test_images, test_labels) = data.train, data.val, data.test
+    if checkpoint and data.md5 != args.dataset_md5:
+        raise DataError(f"the run in {args.out_dir} began with other images: "
+                        "give their --data_dir, or start again")
+    args.dataset = data.name  # no longer auto
+    args.dataset_md5 = data.md5
+    train_set, val_set, test_set = data.train, data.val, data.test
     if args.dry_run:
-        args.epochs, args.out_dir = min(args.epochs, 2), args.out_dir or Path(tempfile.mkdtemp(prefix="a3_gan_"))
-        train_images, train_labels = train_images[:4 * args.batch_size], train_labels[:4 * args.batch_size]
-        val_images, test_images, test_labels = val_images[:200], test_images[:200], test_labels[:200]
-    settings = {k: v for k, v in vars(args).items() if k not in ("device", "data_dir", "out_dir", "resume", "sample")}
+        train_set = train_set._make(part[:4 * args.batch_size] for part in train_set)
+        val_set = val_set._make(part[:200] for part in val_set)
+        test_set = test_set._make(part[:200] for part in test_set)
+        args.epochs = min(args.epochs, 2)
+        args.out_dir = args.out_dir or Path(tempfile.mkdtemp(prefix="a3_gan_"))
+    images = to_images(train_set.images).to(args.device)  # [50000, 1, 28, 28]
     out_dir = args.out_dir = run_dir(args)
     out_dir.mkdir(parents=True, exist_ok=True)
 
-    # the random numbers of an epoch are seeded by 10,000 * seed + epoch, so a resumed run needs no saved random state
+    # Models. Each epoch seeds its random numbers with 10,000 * seed + epoch, here 0, so that a run
+    # can be resumed without saving the state of the generator.
     torch.manual_seed(10_000 * args.seed)
-    train_on_device = train_images.to(args.device)
-    generator, discriminator = Generator(args.latent_dim).to(args.device), Discriminator().to(args.device)
+    generator = Generator(args.latent_dim).to(args.device)
+    discriminator = Discriminator().to(args.device)
     averaged = copy.deepcopy(generator).requires_grad_(False).eval()
     optimizer_G = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.0, 0.99), fused=True)
-    optimizer_D = torch.optim.Adam(discriminator.parameters(), args.lr / 2, betas=(0.0, 0.99), fused=True)
-    n_batches = max(1, len(train_images) // args.batch_size)  # without a smaller last batch, for the batch norm
-    schedule_G, schedule_D = (torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.5, 20 * n_batches)  # for 20 epochs
-                              for optimizer in (optimizer_G, optimizer_D))  # at lower rates D memorises
-    n_parameters = [sum(p.numel() for p in model.parameters()) for model in (generator, discriminator)]
-    print(f"{data.name}, {n_parameters} parameters, {args.device}; output: {out_dir}; first training a classifier")
-    state = {"generator": generator, "discriminator": discriminator, "averaged": averaged, "optimizer_G": optimizer_G,
-             "optimizer_D": optimizer_D, "schedule_G": schedule_G, "schedule_D": schedule_D}
-    rows = checkpoint["rows"] if checkpoint else []
+    optimizer_D = torch.optim.Adam(
+        discriminator.parameters(), args.lr / 2, betas=(0.0, 0.99), fused=True)
+    n_batches = max(1, len(images) // args.batch_size)  # no smaller last batch, for batch norm
+    n_images = min(len(images), n_batches * args.batch_size)  # in an epoch
+    # The rates fall to one half in 20 epochs and stay there: at lower ones D memorises.
+    schedule_G = torch.optim.lr_scheduler.LinearLR(optimizer_G, 1, 0.5, 20 * n_batches)
+    schedule_D = torch.optim.lr_scheduler.LinearLR(optimizer_D, 1, 0.5, 20 * n_batches)
+    n_parameters_G = sum(p.numel() for p in generator.parameters())
+    n_parameters_D = sum(p.numel() for p in discriminator.parameters())
+    print(f"{data.name}, {n_parameters_G:,} + {n_parameters_D:,} parameters, {args.device}; "
+          f"writing to {out_dir}")
+
+    # Resume
+    parts = {
+        "generator": generator,
+        "discriminator": discriminator,
+        "averaged": averaged,
+        "optimizer_G": optimizer_G,
+        "optimizer_D": optimizer_D,
+        "schedule_G": schedule_G,
+        "schedule_D": schedule_D,
+    }
+    rows = []  # of metrics.csv, one per epoch
+    best = None  # the averaged weights of the epoch with the best validation Fréchet distance
     if checkpoint:
-        for name, part in state.items():
+        rows = checkpoint["rows"]
+        best = checkpoint["best"]
+        for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
     else:
-        if (out_dir / "checkpoint.pt").exists() and not (out_dir / "results.json").exists():  # an unfinished run
-            for name in ("checkpoint", "best"):
-                os.replace(out_dir / f"{name}.pt", out_dir / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.pt")
-            print(f"{out_dir} has an unfinished run: its checkpoints are kept, renamed by date", file=sys.stderr)
-        (out_dir / "checkpoint.pt").unlink(missing_ok=True)  # of a finished run
+        keep_unfinished_run(out_dir)
         save_samples(averaged, out_dir / "samples_start.png")
-    classifier = train_classifier(train_images, train_labels)
-    z, real = noise(len(train_images), args.latent_dim, seed=0), classify(classifier, val_images)[0]
-    val_floor = mean_of_sets(frechet_distance, real, classify(classifier, train_images)[0])
 
+    # The yardstick: Fréchet distances are between features of a classifier, which is trained now
+    classifier = train_classifier(*train_set)
+    real, _ = classify(classifier, val_set.images)
+    val_floor = mean_frechet_distance(real, classify(classifier, train_set.images)[0])
+    z = noise(len(train_set.images), args.latent_dim, seed=0)
+
+    # Epochs
     for epoch in range(len(rows) + 1, args.epochs + 1):
         start = time.time()
         torch.manual_seed(10_000 * args.seed + epoch)
-        batches = torch.randperm(len(train_images)).split(args.batch_size)[:n_batches]
-        dataloader = (to_images(train_on_device[i]) for i in tqdm(batches, leave=False, disable=None))
+        learning_rate = schedule_G.get_last_lr()[0]  # of the epoch's first update
+        shuffled = images[torch.randperm(len(images))]
+        dataloader = shuffled[:n_images].split(args.batch_size)
         generator.train(epoch <= BATCH_NORM_EPOCHS)
-        loss_D, loss_G = train(dataloader, discriminator, generator, optimizer_G, optimizer_D, (schedule_G, schedule_D),
-                               averaged, args.save_interval, out_dir)
-        if not math.isfinite(loss_D + loss_G + sum(p.sum().item() for p in averaged.parameters())):
-            raise FloatingPointError(f"the loss in epoch {epoch} is not finite: start again with a smaller --lr")
-        due = epoch in (1, args.epochs) or epoch % FID_EVERY == 0
-        fid = mean_of_sets(frechet_distance, real, classify(classifier, generate(averaged, z))[0]) if due else math.nan
+        loss_D, loss_G = train(
+            dataloader, discriminator, generator, optimizer_G, optimizer_D,
+            (schedule_G, schedule_D), averaged, args.save_interval, out_dir)
+        weights_sum = sum(p.sum().item() for p in averaged.parameters())
+        if not math.isfinite(loss_D + loss_G + weights_sum):
+            raise FloatingPointError(f"the loss in epoch {epoch} is not finite: "
+                                     "start again with a smaller --lr")
+        val_fid = math.nan
+        if epoch in (1, args.epochs) or epoch % FID_EVERY == 0:
+            fake, _ = classify(classifier, generate(averaged, z))
+            val_fid = mean_frechet_distance(real, fake)
         seconds = time.time() - start
-        rows.append({"epoch": epoch, "loss_D": loss_D, "loss_G": loss_G, "val_fid": fid, "seconds": seconds,
-                     "images_per_s": n_batches * args.batch_size / seconds,
-                     "learning_rate": schedule_G.get_last_lr()[0]})
-        print("  ".join(f"{name} {value:<8.5g}" for name, value in rows[-1].items()))
+        rows.append({
+            "epoch": epoch,
+            "loss_D": loss_D,
+            "loss_G": loss_G,
+            "val_fid": val_fid,
+            "seconds": seconds,
+            "images_per_s": n_images / seconds,
+            "learning_rate": learning_rate,
+        })
+
         if epoch == (args.epochs + 1) // 2:
             save_samples(averaged, out_dir / "samples_half.png")
-        weights = {"format": FORMAT, "latent_dim": args.latent_dim, "averaged": averaged.state_dict()}
-        if fid == np.nanmin([row["val_fid"] for row in rows]):
-            save(weights, out_dir / "best.pt")
-        np.savetxt(out_dir / "metrics.csv", [[*row.values()] for row in rows], "%.8g", ",",
-                   header=",".join(rows[0]), comments="")
+        if val_fid == np.nanmin([row["val_fid"] for row in rows]):
+            best = copy.deepcopy(averaged.state_dict())
+        write_metrics(rows, out_dir / "metrics.csv")
         (out_dir / "results.json").unlink(missing_ok=True)  # of an earlier run
-        parts = {name: part.state_dict() for name, part in state.items()}
-        save({**weights, **parts, "rows": rows, "settings": settings}, out_dir / "checkpoint.pt")
+        settings = {name: getattr(args, name) for name in SETTINGS}
+        content = {name: part.state_dict() for name, part in parts.items()}
+        content.update(format=FORMAT, latent_dim=args.latent_dim, best=best, rows=rows,
+                       settings=settings)
+        save(content, out_dir / "checkpoint.pt")
+        print("  ".join(f"{name} {value:<8.5g}" for name, value in rows[-1].items()), flush=True)
 
-    best_row = min((row for row in rows if not math.isnan(row["val_fid"])), key=lambda row: row["val_fid"])
-    best = load_model(out_dir / "best.pt")
-    save(best.state_dict(), out_dir / "mnist_generator.pt")  # as the template does
-    samples = generate(best, noise(4 * len(train_images), args.latent_dim, seed=1))
-    scores, floor = (score(pixels, classifier, train_images, test_images) for pixels in (samples, train_images))
+    # Test
+    weights = {"format": FORMAT, "latent_dim": args.latent_dim, "best": best}
+    averaged.load_state_dict(best)
+    averaged.cpu()
+    save(averaged.state_dict(), out_dir / "mnist_generator.pt")  # as the template does
+    samples = generate(averaged, noise(4 * len(train_set.images), args.latent_dim, seed=1))
+    scores = score(samples, classifier, train_set.images, test_set.images)
+    real, probabilities = classify(classifier, test_set.images)
+    train_features, _ = classify(classifier, train_set.images)
+    accuracy = (probabilities.argmax(1) == test_set.labels).double().mean().item()
+    distance_of_test = nearest_distance(test_set.images[::5], train_set.images).median().item()
     save_curves(rows, out_dir / "losses.pdf", val_floor)
-    save_samples(best, out_dir / "samples_end.png")
-    save(load_checkpoint(out_dir / "best.pt"), out_dir / "weights.pt")
-    peak_memory_mb, seconds = None, sum(row["seconds"] for row in rows)
-    if sys.platform != "win32":  # ru_maxrss counts KiB on Linux and bytes on macOS
-        import resource
-        peak_memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 ** (1 + (sys.platform == "darwin"))
-    accuracy = (classify(classifier, test_images)[1].argmax(1) == test_labels).double().mean().item()
-    results = {**settings, "device": args.device, "parameters": sum(n_parameters), "train_seconds": seconds,
-               "parameters_generator": n_parameters[0], "classifier_test_accuracy": accuracy,
-               "images_per_s": n_batches * args.batch_size * len(rows) / seconds, "peak_memory_mb": peak_memory_mb,
-               "best_epoch": best_row["epoch"], "val_fid": best_row["val_fid"], "val_fid_floor": val_floor, **scores,
-               "fid_floor": floor["fid"], "coverage_of_training_images": floor["coverage"],
-               "nearest_train_distance_of_test": nearest_distance(test_images[::5], train_images).median().item(),
-               "interpolation": save_interpolation(best, classifier, out_dir / "interpolation.png")}
+    save_samples(averaged, out_dir / "samples_end.png")
+    interpolation = save_interpolation(averaged, classifier, out_dir / "interpolation.png")
+    save(weights, out_dir / "weights.pt")
+
+    seconds = sum(row["seconds"] for row in rows)
+    measured = {row["epoch"]: row["val_fid"] for row in rows if not math.isnan(row["val_fid"])}
+    best_epoch = min(measured, key=measured.get)
+    results = {name: getattr(args, name) for name in SETTINGS}
+    results.update(
+        device=args.device,
+        processor=processor_name(args.device),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        parameters=n_parameters_G + n_parameters_D,
+        parameters_generator=n_parameters_G,
+        train_seconds=seconds,
+        images_per_s=n_images * len(rows) / seconds,
+        peak_memory_mb=peak_memory_mb(args.device),
+        classifier_test_accuracy=accuracy,
+        best_epoch=best_epoch,
+        val_fid=measured[best_epoch],
+        val_fid_floor=val_floor,
+        **scores,
+        fid_floor=mean_frechet_distance(real, train_features),
+        coverage_of_training_images=mean_coverage(real, train_features),
+        nearest_train_distance_of_test=distance_of_test,
+        interpolation=interpolation)
     (out_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(f"test: Fréchet distance {scores['fid']:.2f} (training images: {floor['fid']:.2f})")
+    print(f"test: Fréchet distance {scores['fid']:.2f} (training images: {results['fid_floor']:.2f})")
 
 
 if __name__ == "__main__":
     arguments = parse_args()
     try:
-        (write_scores if "score" in arguments else write_samples if arguments.sample else main)(arguments)
+        if arguments.score:
+            write_scores(arguments)
+        elif arguments.sample:
+            write_samples(arguments)
+        else:
+            main(arguments)
     except KeyboardInterrupt:
-        print(f'interrupted; a run continues with --resume --out_dir "{run_dir(arguments)}"', file=sys.stderr)
+        message = "interrupted"
+        folder = run_dir(arguments)
+        if (folder / "checkpoint.pt").exists() and not (arguments.sample or arguments.score):
+            message += f': the run continues with --resume --out_dir "{folder}"'
+        print(message, file=sys.stderr)
         sys.exit(130)
     except (DataError, FloatingPointError, OSError) as error:
         sys.exit(f"{Path(__file__).name}: error: {error}")

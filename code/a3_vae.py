@@ -3,15 +3,18 @@
     python a3_vae.py --zdim 20      # figures and results in report/figures/vae_z20
     python a3_vae.py --zdim 2       # the same and the data manifold, in report/figures/vae_z2
 
-Expect a test ELBO of -86.3 and log p(x) >= -83.2 nats per image (-133.4 and -131.0 with --zdim 2), after 10 minutes of
-training on two CPU cores. The model: Kingma & Welling (2014), Auto-Encoding Variational Bayes, with residual blocks.
+Expect a test ELBO of -86.3 and log p(x) >= -83.2 nats per image (-133.4 and -131.0 with --zdim 2),
+after 10 minutes of training on two CPU cores. The model is that of Kingma & Welling (2014),
+Auto-Encoding Variational Bayes, with residual blocks.
 """
 
 import argparse
 import copy
+import csv
 import json
 import math
 import os
+import platform
 import sys
 import tempfile
 import time
@@ -30,45 +33,80 @@ from datasets import DATA_DIR, DataError, load_binarized
 MAX_GRAD_NORM = 100  # gradient clipping: only rare outliers exceed it
 IW_SAMPLES = 256  # samples of z per test image in the importance-weighted bound on log p(x)
 FIGURES = Path(__file__).resolve().parents[1] / "report" / "figures"
-FORMAT = "a3_vae 3"  # of checkpoints; files of another script or version are rejected
+FORMAT = "a3_vae 4"  # of checkpoints; files of another script or version are rejected
+SETTINGS = "zdim", "epochs", "batch_size", "lr", "seed", "dataset", "dataset_md5", "dry_run"
 
 
-# ----------------------------------------------------------------------------------------------------------- model
+# ----------------------------------------------------------------------------------------- model
 class Residual(nn.Sequential):
-    """x + f(x), where f is two layers of one kind, nn.Linear or nn.Conv2d, each after an activation."""
-    def __init__(self, layer, *args, **kwargs):
-        super().__init__(nn.SiLU(), layer(*args, **kwargs), nn.SiLU(), layer(*args, **kwargs))
+    """h + f(h), where f consists of the given layers."""
 
-    def forward(self, x):
-        return x + super().forward(x)
+    def forward(self, h):
+        return h + super().forward(h)
+
+
+def dense_block(n):
+    return Residual(
+        nn.SiLU(),
+        nn.Linear(n, n),
+        nn.SiLU(),
+        nn.Linear(n, n))
+
+
+def convolutional_block(channels):
+    return Residual(
+        nn.SiLU(),
+        nn.Conv2d(channels, channels, 3, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(channels, channels, 3, padding=1))
 
 
 class Encoder(nn.Module):
     """q(z|x) = N(mean(x), diag(std(x)^2)), hand-out equation 13."""
+
     def __init__(self, hidden_dim=256, z_dim=20):
         super().__init__()
         self.net = nn.Sequential(
-            nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, 32, 5, stride=2, padding=2), nn.SiLU(),     # [B, 32, 14, 14]
-            nn.Conv2d(32, 32, 3, stride=2, padding=1), Residual(nn.Conv2d, 32, 32, 3, padding=1),  # [B, 32, 7, 7]
-            Residual(nn.Conv2d, 32, 32, 3, padding=1), nn.SiLU(), nn.Flatten(), nn.Linear(32 * 7 * 7, hidden_dim),
-            Residual(nn.Linear, hidden_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, 2 * z_dim))
+            nn.Unflatten(1, (1, 28, 28)),                # [B, 1, 28, 28]
+            nn.Conv2d(1, 32, 5, stride=2, padding=2),    # [B, 32, 14, 14]
+            nn.SiLU(),
+            nn.Conv2d(32, 32, 3, stride=2, padding=1),   # [B, 32, 7, 7]
+            convolutional_block(32),
+            convolutional_block(32),
+            nn.SiLU(),
+            nn.Flatten(),                                # [B, 1568]
+            nn.Linear(32 * 7 * 7, hidden_dim),           # [B, hidden_dim]
+            dense_block(hidden_dim),
+            nn.SiLU(),
+            nn.Linear(hidden_dim, 2 * z_dim))            # [B, 2 * z_dim]
 
     def forward(self, x):
         """x [B, 784] in {0, 1} -> mean and std, each [B, z_dim], std > 0."""
         mean, log_std = self.net(x).chunk(2, dim=1)
-        return mean, log_std.clamp(-8, 4).exp()  # bounded, so that the KL divergence is finite
+        std = log_std.clamp(-8, 4).exp()  # bounded, so that the KL divergence is finite
+        return mean, std
 
 
 class Decoder(nn.Module):
     """p(x|z) = prod_m Bernoulli(x_m | f(z)_m), hand-out equation 4."""
+
     def __init__(self, hidden_dim=256, z_dim=20):
         super().__init__()
         self.logits = nn.Sequential(  # z [B, z_dim] -> log(f(z) / (1 - f(z))), [B, 784]
-            nn.Linear(z_dim, hidden_dim), Residual(nn.Linear, hidden_dim, hidden_dim), nn.SiLU(),
-            nn.Linear(hidden_dim, 32 * 7 * 7), nn.Unflatten(1, (32, 7, 7)), Residual(nn.Conv2d, 32, 32, 3, padding=1),
-            nn.SiLU(), nn.Conv2d(32, 4 * 32, 3, padding=1), nn.PixelShuffle(2),  # [B, 128, 7, 7] -> [B, 32, 14, 14]
-            Residual(nn.Conv2d, 32, 32, 3, padding=1),
-            nn.SiLU(), nn.Conv2d(32, 4, 3, padding=1), nn.PixelShuffle(2), nn.Flatten())  # [B, 4, 14, 14] -> [B, 784]
+            nn.Linear(z_dim, hidden_dim),          # [B, hidden_dim]
+            dense_block(hidden_dim),
+            nn.SiLU(),
+            nn.Linear(hidden_dim, 32 * 7 * 7),     # [B, 1568]
+            nn.Unflatten(1, (32, 7, 7)),           # [B, 32, 7, 7]
+            convolutional_block(32),
+            nn.SiLU(),
+            nn.Conv2d(32, 4 * 32, 3, padding=1),   # [B, 128, 7, 7]
+            nn.PixelShuffle(2),                    # [B, 32, 14, 14]
+            convolutional_block(32),
+            nn.SiLU(),
+            nn.Conv2d(32, 4, 3, padding=1),        # [B, 4, 14, 14]
+            nn.PixelShuffle(2),                    # [B, 1, 28, 28]
+            nn.Flatten())                          # [B, 784]
 
     def forward(self, z):
         """z [B, z_dim] -> the Bernoulli means f(z), [B, 784] in (0, 1)."""
@@ -79,29 +117,38 @@ class VAE(nn.Module):
     def __init__(self, hidden_dim=256, z_dim=20):
         super().__init__()
         self.z_dim = z_dim
-        self.encoder, self.decoder = Encoder(hidden_dim, z_dim), Decoder(hidden_dim, z_dim)
-        self.to(memory_format=torch.channels_last)  # makes convolutions faster, on a CPU by a fifth
+        self.encoder = Encoder(hidden_dim, z_dim)
+        self.decoder = Decoder(hidden_dim, z_dim)
 
     def forward(self, x):
-        """x [B, 784] in {0, 1} -> average negative ELBO, a scalar (equation 12 with one sample of z)."""
+        """x [B, 784] in {0, 1} -> average negative ELBO, a scalar: equation 12 with one z."""
         mean, std = self.encoder(x)
         z = mean + std * torch.randn_like(std)  # the reparametrization trick, question 1.11
-        log_p_x_z = log_p_x_given_z(x, self.decoder.logits(z))
-        # the KL's gradient through z alone is less noisy (Roeder et al. 2017), but with z_dim <= 2 it trains worse
-        kl = log_q_over_p(z, mean.detach(), std.detach()) if self.z_dim > 2 else kl_divergence(mean, std)  # [B]
-        return (kl - log_p_x_z).mean()
+        reconstruction = log_p_x_given_z(x, self.decoder.logits(z))  # [B]
+        if self.z_dim > 2:
+            # With one sample of z and the gradient through z alone (Roeder et al. 2017): less noisy
+            kl = log_q_over_p(z, mean.detach(), std.detach())        # [B]
+        else:
+            kl = kl_divergence(mean, std)  # trains better with few dimensions
+        return (kl - reconstruction).mean()
 
     @torch.no_grad()
     def sample(self, n_samples):
-        """z ~ N(0, I), then x ~ p(x|z) (question 1.2) -> draws in {0, 1} and Bernoulli means, each [n_samples, 784]."""
-        z = torch.randn(n_samples, self.z_dim)  # on the CPU: a seed gives the same noise on every device
-        im_means = torch.cat([self.decoder(batch.to(next(self.parameters()).device)) for batch in z.split(1000)])
-        return (torch.rand(im_means.shape).to(im_means) < im_means).float(), im_means
+        """z ~ N(0, I), then x ~ p(x|z) (question 1.2), each [n_samples, 784].
+
+        Returns draws in {0, 1} and the Bernoulli means that they are drawn with.
+        """
+        device = next(self.parameters()).device
+        z = torch.randn(n_samples, self.z_dim)  # on the CPU: the same noise on every device
+        means = torch.cat([self.decoder(batch.to(device)) for batch in z.split(1000)])
+        uniform = torch.rand(means.shape).to(device)
+        return (uniform < means).float(), means
 
 
 def log_p_x_given_z(x, logits):
     """log prod_m Bernoulli(x_m | sigmoid(logits_m)): x and logits [B, 784] -> [B], nats."""
-    return -F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(1)  # over pixels
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, x, reduction="none")
+    return -cross_entropy.sum(1)  # over pixels
 
 
 def kl_divergence(mean, std):
@@ -110,33 +157,46 @@ def kl_divergence(mean, std):
 
 
 def log_q_over_p(z, mean, std):
-    """log q(z|x) - log p(z), whose mean over z ~ q(z|x) is the KL divergence: [..., z_dim] each -> [...], nats."""
+    """log q(z|x) - log p(z), whose mean over z ~ q(z|x) is the KL divergence.
+
+    [..., z_dim] each -> [...], nats.
+    """
     return (0.5 * (z ** 2 - ((z - mean) / std) ** 2) - std.log()).sum(-1)
 
 
-# ----------------------------------------------------------------------------------------- training and evaluation
+# ----------------------------------------------------------------------- training and evaluation
 def shift_some(images, share):
-    """Shift a `share` of the images [N, 784] by -1, 0 or 1 pixels in x and in y, as data augmentation."""
+    """Shift a `share` of the images [N, 784] by -1, 0 or 1 pixels in x and y: augmentation."""
     images = images.view(-1, 28, 28).clone()
     chosen = torch.randperm(len(images))[:round(share * len(images))].to(images.device)
     for i, indices in enumerate(chosen.chunk(9)):
-        images[indices] = images[indices].roll((i // 3 - 1, i % 3 - 1), dims=(1, 2))  # borders are nearly blank
+        shift = i // 3 - 1, i % 3 - 1
+        images[indices] = images[indices].roll(shift, dims=(1, 2))  # borders are nearly blank
     return images.flatten(1)
 
 
 @torch.no_grad()
 def update_average(averaged, model, n_updates):
-    """Move the averaged weights towards the model's, so that the last tenth of the updates so far counts most."""
-    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 9 / (10 + n_updates))
+    """averaged = decay * averaged + (1 - decay) * model, a moving average of the weights."""
+    decay = (1 + n_updates) / (10 + n_updates)  # averages about the last tenth of all updates
+    for average, current in zip(averaged.parameters(), model.parameters(), strict=True):
+        average.lerp_(current, 1 - decay)
 
 
 def epoch_iter(model, data, optimizer, schedule=None, averaged=None):
-    """One pass over batches [B, 784], with updates if the model is in training mode. Returns the average ELBO."""
+    """One pass over `data`, with updates if the model is in training mode.
+
+    data: an iterable of batches of images, [B, 784] or [B, 1, 28, 28], in {0, 1}, with or without
+    labels. Returns the average ELBO.
+    """
     device = next(model.parameters()).device
     total, n_images = 0, 0
+    bar = tqdm(data, leave=False, disable=None)  # None: no bar if the output is not a terminal
     with torch.set_grad_enabled(model.training):
-        for x in tqdm(data, leave=False, disable=None):  # disable=None: no bar if the output is not a terminal
-            loss = model(x.to(device, torch.float32).flatten(1))  # [B, 784] -> a scalar
+        for step, batch in enumerate(bar, start=1):
+            x = batch[0] if isinstance(batch, (list, tuple)) else batch
+            x = x.to(device, torch.float32).flatten(1)  # [B, 784]
+            loss = model(x)
             if model.training:
                 optimizer.zero_grad()
                 loss.backward()
@@ -144,48 +204,68 @@ def epoch_iter(model, data, optimizer, schedule=None, averaged=None):
                 optimizer.step()
                 if schedule:
                     schedule.step()
-                    update_average(averaged, model, schedule.last_epoch)  # last_epoch counts updates
-            total += loss.detach() * len(x)  # .item() would make the CPU wait for the GPU
+                    update_average(averaged, model, n_updates=schedule.last_epoch)
+            total += loss.detach() * len(x)
             n_images += len(x)
+            if step % 100 == 0:  # not more often: .item() makes the CPU wait for the GPU
+                bar.set_postfix_str(f"ELBO {-total.item() / n_images:.2f}")
     return -float(total) / n_images
 
 
 def run_epoch(model, data, optimizer, schedule=None, averaged=None):
-    """Train on data[0], then evaluate data[1] with the averaged weights, if given. Returns both ELBOs."""
+    """Train on data[0], then evaluate data[1] with the averaged weights, if there are any.
+
+    Returns both averages.
+    """
     model.train()
     train_elbo = epoch_iter(model, data[0], optimizer, schedule, averaged)
     model.eval()
-    return train_elbo, epoch_iter(model if averaged is None else averaged, data[1], optimizer)
+    val_elbo = epoch_iter(model if averaged is None else averaged, data[1], optimizer)
+    return train_elbo, val_elbo
 
 
 @torch.no_grad()
 def evaluate(model, x, k):
     """ELBO, its two terms, and a tighter bound on log p(x): averages over x [N, 784], nats.
 
-    The bound is E log(1/k sum_i w_i) with w_i = p(x|z_i) p(z_i) / q(z_i|x) and z_i ~ q(z|x) (Burda et al. 2016, eq. 8).
-    With k = 1 it is the ELBO; it grows with k, towards log p(x).
+    The bound is E log(1/k sum_i w_i) with w_i = p(x|z_i) p(z_i) / q(z_i|x) and z_i ~ q(z|x)
+    (Burda et al. 2016, equation 8). With k = 1 it is the ELBO; it grows with k, towards log p(x).
     """
-    totals = 0
-    for batch in tqdm(x.split(2), "test", leave=False, disable=None):  # few images, but k samples of z for each
-        mean, std = model.encoder(batch.float())                          # [B, z_dim]
-        z = mean + std * torch.randn(k, *mean.shape, device=mean.device)  # [k, B, z_dim]
-        log_p_x_z = log_p_x_given_z(batch.float().repeat(k, 1), model.decoder.logits(z.flatten(0, 1))).view(k, -1)
-        log_p_x = (log_p_x_z - log_q_over_p(z, mean, std)).logsumexp(0) - math.log(k)  # [B]
-        totals += torch.stack([log_p_x_z.mean(0), kl_divergence(mean, std), log_p_x]).sum(1)  # [3, B] -> [3]
-    log_p_x_z, kl, log_px = (totals / len(x)).tolist()
-    return {"test_elbo": log_p_x_z - kl, "test_log_p_x_given_z": log_p_x_z, "test_kl": kl, "test_log_px": log_px}
+    reconstruction, kl, log_px = 0, 0, 0
+    for batch in tqdm(x.split(2), "test", leave=False, disable=None):  # few, but k samples for each
+        batch = batch.float()
+        mean, std = model.encoder(batch)                                     # [B, z_dim]
+        z = mean + std * torch.randn(k, *mean.shape, device=mean.device)     # [k, B, z_dim]
+        logits = model.decoder.logits(z.flatten(0, 1))                       # [k * B, 784]
+        log_p_x_z = log_p_x_given_z(batch.repeat(k, 1), logits).view(k, -1)  # [k, B]
+        log_w = log_p_x_z - log_q_over_p(z, mean, std)                       # [k, B]
+        reconstruction += log_p_x_z.mean(0).sum()
+        kl += kl_divergence(mean, std).sum()
+        log_px += (log_w.logsumexp(0) - math.log(k)).sum()
+    reconstruction = reconstruction.item() / len(x)
+    kl = kl.item() / len(x)
+    return {
+        "test_elbo": reconstruction - kl,
+        "test_log_p_x_given_z": reconstruction,
+        "test_kl": kl,
+        "test_log_px": log_px.item() / len(x),
+        "iw_samples": k,
+    }
 
 
-# --------------------------------------------------------------------------------------------------------- figures
+# --------------------------------------------------------------------------------------- figures
 def save_elbo_plot(train_curve, val_curve, filename, untrained_elbo=None):
-    """Average ELBO of each epoch, nats per image (question 1.13): the full range, and its upper end enlarged."""
+    """Average ELBO of each epoch, nats per image (question 1.13), and its upper end enlarged."""
     figure = Figure(figsize=(6, 2.4), layout="constrained")
-    left, right = figure.subplots(1, 2, subplot_kw={"xlabel": "epoch", "ylabel": "ELBO (nats per image)"})
+    left, right = figure.subplots(1, 2)
+    epochs = range(1, len(train_curve) + 1)
     for axes in (left, right):
-        for curve, style, name in ((train_curve, ".-", "training"), (val_curve, ".--", "validation")):
-            axes.plot(range(1, len(curve) + 1), curve, style, label=f"{name} (last {curve[-1]:.1f})")
+        axes.plot(epochs, train_curve, ".-", label=f"training (last {train_curve[-1]:.1f})")
+        axes.plot(epochs, val_curve, ".--", label=f"validation (last {val_curve[-1]:.1f})")
+        axes.set(xlabel="epoch", ylabel="ELBO (nats per image)")
         axes.grid(alpha=0.3)
-    right.set_ylim(np.quantile([*train_curve, *val_curve], [0.1, 1]) + [-1, 1])  # from the 10% quantile up
+    bottom, top = np.quantile(train_curve + val_curve, [0.1, 1])
+    right.set_ylim(bottom - 1, top + 1)
     if untrained_elbo is not None:
         left.plot(0, untrained_elbo, "k.", label=f"before training ({untrained_elbo:.1f})")
     left.legend(loc="center right", bbox_to_anchor=(1, 0.4))
@@ -193,188 +273,324 @@ def save_elbo_plot(train_curve, val_curve, filename, untrained_elbo=None):
 
 
 def save_grid(images, filename, nrow):
-    """Write images [N, 784] in [0, 1] as a grid, `nrow` in a row, black on white, three times enlarged."""
-    images = F.interpolate(1 - images.detach().float().cpu().view(-1, 1, 28, 28), scale_factor=3)  # [N, 1, 84, 84]
-    save_image(images, filename, nrow=nrow, padding=2, pad_value=0.8)
+    """Write images [N, 784] in [0, 1] as a grid, `nrow` in a row, black on white, enlarged."""
+    images = 1 - images.detach().float().cpu().view(-1, 1, 28, 28)
+    enlarged = F.interpolate(images, scale_factor=3)  # [N, 1, 84, 84]
+    save_image(enlarged, filename, nrow=nrow, padding=2, pad_value=0.8)
 
 
 def save_samples(model, filename):
-    """64 samples (left half) and their Bernoulli means (right half), from the same noise each time (question 1.14)."""
+    """64 samples (left half) and their means (right half), from the same noise (question 1.14)."""
     torch.manual_seed(0)
     samples, means = model.sample(64)
-    save_grid(torch.cat([samples.view(8, 8, 784), means.view(8, 8, 784)], dim=1).flatten(0, 1), filename, nrow=16)
+    halves = torch.cat([samples.view(8, 8, 784), means.view(8, 8, 784)], dim=1)  # [8, 16, 784]
+    save_grid(halves.flatten(0, 1), filename, nrow=16)
 
 
+@torch.no_grad()
 def save_manifold(model, filename, n=20):
-    """Decoder means over an n x n grid of z, at quantiles 1% to 99% of the prior (question 1.15)."""
-    z = torch.special.ndtri(torch.linspace(0.01, 0.99, n))  # the normal distribution's percent point function
-    z = torch.cartesian_prod(z.flip(0), z).flip(1)  # [n * n, 2]: z1 grows to the right, z2 upwards
-    save_grid(model.decoder(z.to(next(model.parameters()).device)), filename, nrow=n)
+    """Decoder means over an n x n grid of z, quantiles 1% to 99% of the prior (question 1.15)."""
+    device = next(model.parameters()).device
+    z = torch.special.ndtri(torch.linspace(0.01, 0.99, n))  # the inverse CDF of N(0, 1)
+    z2, z1 = torch.meshgrid(z.flip(0), z, indexing="ij")    # z1 grows to the right, z2 upwards
+    grid = torch.stack([z1.flatten(), z2.flatten()], dim=1)  # [n * n, 2]
+    save_grid(model.decoder(grid.to(device)), filename, nrow=n)
 
 
-# ----------------------------------------------------------------------------------------------------- checkpoints
+# --------------------------------------------------------------------------- the files of a run
+def run_dir(args):
+    """The folder of the run. Runs on glyphs have their own, so that MNIST's figures are safe."""
+    if args.out_dir:
+        return args.out_dir
+    name = f"vae_z{args.zdim}"
+    if args.dataset == "glyphs":
+        name += "_glyphs"
+    return FIGURES / name
+
+
 def save(content, path):
-    """torch.save through a temporary file, so that an interrupted save leaves the old file intact."""
-    torch.save(content, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    """torch.save by way of a temporary file: an interruption leaves the old file intact."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    torch.save(content, temporary)
+    os.replace(temporary, path)
 
 
 def load_checkpoint(path):
-    """The content of a checkpoint.pt, best.pt or weights.pt of this script. Raises OSError for any other file."""
+    """The content of a checkpoint.pt or weights.pt. Raises OSError for any other file."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)  # so that a file cannot run code
+        content = torch.load(path, map_location="cpu", weights_only=True)  # it cannot run code
         if content["format"] == FORMAT:
             return content
     except Exception:  # torch raises exceptions of many types
         pass
-    raise OSError(f"{path} is missing, damaged or of another version: train first, or set --out_dir")
+    raise OSError(f"{path} is missing, damaged or of another version: "
+                  "train first, or set --out_dir")
 
 
 def load_model(checkpoint, device="cpu"):
-    """The trained VAE (averaged weights) in eval mode, from checkpoint.pt (last epoch), best.pt or weights.pt."""
+    """The trained VAE in eval mode, from a run's checkpoint.pt (its best epoch) or weights.pt."""
     content = load_checkpoint(checkpoint)
     model = VAE(z_dim=content["zdim"])
-    model.load_state_dict(content["averaged"])
+    model.load_state_dict(content["best"])
     return model.to(device).eval()
 
 
-# ------------------------------------------------------------------------------------------------------------ main
+def keep_unfinished_run(out_dir):
+    """Rename the checkpoint of a run that has no results, so that a new run does not replace it."""
+    checkpoint = out_dir / "checkpoint.pt"
+    if checkpoint.exists() and not (out_dir / "results.json").exists():
+        kept = out_dir / f"checkpoint-{time.strftime('%Y%m%d-%H%M%S')}.pt"
+        os.replace(checkpoint, kept)
+        print(f"{out_dir} has an unfinished run, whose checkpoint is kept as {kept.name}",
+              file=sys.stderr)
+
+
+def write_metrics(rows, path):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def peak_memory_mb(device):
+    """The most memory that this run has used: of the GPU, or of the process; None on Windows."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) // 2 ** 20
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":
+        return peak // 2 ** 20  # from bytes
+    return peak // 2 ** 10  # from KiB
+
+
+def processor_name(device):
+    """The name of the GPU or, as well as the system tells it, of the CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+# ------------------------------------------------------------------------------------------ main
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(  # no usage line, so that an error is a single line
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)
-    add = parser.add_argument_group("model and training").add_argument
-    add("--zdim", type=int, default=20, help="dimensions of the latent space (default: %(default)s)")
-    add("--epochs", "--n_epochs", type=int, default=40, help="passes over the training images (default: %(default)s)")
-    add("--batch_size", type=int, default=128, help="images per update (default: %(default)s)")
-    add("--lr", type=float, help="peak of the one-cycle learning rate (default: 0.003; 0.0015 if --zdim <= 2)")
-    add("--seed", type=int, default=42, help="seed of weights, image order and noise (default: %(default)s)")
-    add("--device", help="cpu, cuda or mps (default: %(default)s)", default="cuda" if torch.cuda.is_available() else
-        "mps" if torch.backends.mps.is_available() else "cpu")
-    add = parser.add_argument_group("data and output").add_argument
-    add("--dataset", choices=["auto", "mnist", "glyphs"], default="auto",
-        help="auto: MNIST or, if that is not available, glyphs (digits drawn in fonts) (default: %(default)s)")
-    add("--data_dir", type=Path, default=DATA_DIR, help="folder of the data (default: %(default)s)")
-    add("--out_dir", type=Path, help="folder of the run (default: report/figures/vae_z<zdim>)")
-    add = parser.add_argument_group("instead of a full new run").add_mutually_exclusive_group().add_argument
-    add("--dry_run", action="store_true", help="a few batches of everything, in a temporary folder or in --out_dir")
-    add("--resume", action="store_true", help="continue the run in its folder, with its own settings")
-    add("--sample", type=int, metavar="N", help="write N samples of the trained model to samples.npz and samples.png")
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = "cuda"
+    elif torch.backends.mps.is_available():
+        device = "mps"
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS)  # so that an error is a single line
+
+    group = parser.add_argument_group("model and training")
+    group.add_argument("--zdim", type=int, default=20,
+                       help="dimensions of the latent space (default: %(default)s)")
+    group.add_argument("--epochs", "--n_epochs", type=int, default=40,
+                       help="passes over the training images (default: %(default)s)")
+    group.add_argument("--batch_size", type=int, default=128,
+                       help="images per update (default: %(default)s)")
+    group.add_argument("--lr", type=float,
+                       help="peak learning rate of the one-cycle schedule (default: 0.003; 0.0015 "
+                            "if --zdim is at most 2)")
+    group.add_argument("--seed", type=int, default=42,
+                       help="seed of weights, image order and noise (default: %(default)s)")
+    group.add_argument("--device", default=device,
+                       help="cpu, cuda or mps (default: %(default)s)")
+
+    group = parser.add_argument_group("data and output")
+    group.add_argument("--dataset", choices=["auto", "mnist", "glyphs"], default="auto",
+                       help="auto: MNIST or, if that is not available, glyphs (digits drawn in "
+                            "fonts) (default: %(default)s)")
+    group.add_argument("--data_dir", type=Path, default=DATA_DIR,
+                       help="folder of the data (default: %(default)s)")
+    group.add_argument("--out_dir", type=Path,
+                       help="folder of the run (default: report/figures/vae_z<zdim>)")
+
+    group = parser.add_argument_group("instead of a full new run").add_mutually_exclusive_group()
+    group.add_argument("--dry_run", action="store_true",
+                       help="a few batches of everything, in a temporary folder or in --out_dir")
+    group.add_argument("--resume", action="store_true",
+                       help="continue the run in its folder, with its own settings")
+    group.add_argument("--sample", type=int, metavar="N",
+                       help="write N samples of the trained model to samples.npz and samples.png")
+
     args = parser.parse_args(argv)
-    if args.lr is None:  # with two dimensions q(z|x) is so narrow that large steps throw training back
+    if args.lr is None:  # with two dimensions q(z|x) is narrow, and large steps throw it back
         args.lr = 3e-3 if args.zdim > 2 else 1.5e-3
-    for name, low in (("zdim", 1), ("epochs", 1), ("batch_size", 1), ("lr", 1e-9), ("seed", 0), ("sample", 1)):
-        if getattr(args, name) is not None and not low <= getattr(args, name) < 2 ** 31:
+    lowest = {"zdim": 1, "epochs": 1, "batch_size": 1, "lr": 1e-9, "seed": 0, "sample": 1}
+    for name, low in lowest.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value < 2 ** 31:
             parser.error(f"--{name} must be between {low} and {2 ** 31 - 1}")
     try:
         torch.zeros(1, device=args.device).item()
     except Exception as error:  # torch raises exceptions of many types
-        parser.error(f"--device {args.device} cannot be used: {str(error).partition(chr(10))[0]}")
+        reason = str(error).splitlines()[0]
+        parser.error(f"--device {args.device} cannot be used: {reason}")
     return args
 
 
-def run_dir(args):
-    """The folder of the run. Glyphs get one of their own, so that they never overwrite the figures of MNIST."""
-    return args.out_dir or FIGURES / f"vae_z{args.zdim}{'_glyphs' if args.dataset == 'glyphs' else ''}"
-
-
 def write_samples(args):
-    """--sample: N samples and their means, uint8 [N, 28, 28], in samples.npz, and the first samples in samples.png."""
-    model = load_model(run_dir(args) / "weights.pt", args.device)
+    """--sample: N samples and their means, uint8 [N, 28, 28], and the first 100 in samples.png."""
+    out_dir = run_dir(args)
+    model = load_model(out_dir / "weights.pt", args.device)
     torch.manual_seed(args.seed)
-    samples, means = ((255 * x).round().byte().cpu().view(-1, 28, 28) for x in model.sample(args.sample))
-    np.savez_compressed(run_dir(args) / "samples.npz", samples=samples, means=means)
-    save_grid(samples[:100] / 255, run_dir(args) / "samples.png", nrow=10)
-    print(f"{args.sample} samples are in {run_dir(args)}")
+    samples, means = model.sample(args.sample)
+    samples = (255 * samples).byte().cpu().view(-1, 28, 28)
+    means = (255 * means).round().byte().cpu().view(-1, 28, 28)
+    np.savez_compressed(out_dir / "samples.npz", samples=samples, means=means)
+    save_grid(samples[:100] / 255, out_dir / "samples.png", nrow=10)
+    print(f"{args.sample} samples are in {out_dir}")
 
 
 def main(args):
-    checkpoint = load_checkpoint(run_dir(args) / "checkpoint.pt") if args.resume else None
-    vars(args).update({**checkpoint["settings"], "out_dir": run_dir(args)} if checkpoint else {})
+    checkpoint = None
+    if args.resume:
+        args.out_dir = run_dir(args)
+        checkpoint = load_checkpoint(args.out_dir / "checkpoint.pt")
+        vars(args).update(checkpoint["settings"])  # those of the run, not the flags of today
+
+    # Data
     data = load_binarized(args.dataset, args.data_dir)
-    if getattr(args, "dataset_md5", data.md5) != data.md5:  # that of the checkpoint
-        raise DataError(f"the run in {run_dir(args)} began with other images: give their --data_dir, or start again")
-    args.dataset, args.dataset_md5 = data.name, data.md5  # no longer auto
-    train, val, test = (split.images.to(args.device) for split in (data.train, data.val, data.test))
+    if checkpoint and data.md5 != args.dataset_md5:
+        raise DataError(f"the run in {args.out_dir} began with other images: "
+                        "give their --data_dir, or start again")
+    args.dataset = data.name  # no longer auto
+    args.dataset_md5 = data.md5
+    train, val, test = data.train.images, data.val.images, data.test.images
     if args.dry_run:
-        args.epochs, args.out_dir = min(args.epochs, 2), args.out_dir or Path(tempfile.mkdtemp(prefix="a3_vae_"))
         train, val, test = train[:5 * args.batch_size // 2], val[:200], test[:50]
-    settings = {k: v for k, v in vars(args).items() if k not in ("device", "data_dir", "out_dir", "resume", "sample")}
+        args.epochs = min(args.epochs, 2)
+        args.out_dir = args.out_dir or Path(tempfile.mkdtemp(prefix="a3_vae_"))
+    train, val, test = train.to(args.device), val.to(args.device), test.to(args.device)
     out_dir = args.out_dir = run_dir(args)
     out_dir.mkdir(parents=True, exist_ok=True)
 
-    # the random numbers of an epoch are seeded by 10,000 * seed + epoch, so a resumed run needs no saved random state
+    # Model. Each epoch seeds its random numbers with 10,000 * seed + epoch, here 0, so that a run
+    # can be resumed without saving the state of the generator.
     torch.manual_seed(10_000 * args.seed)
     model = VAE(z_dim=args.zdim).to(args.device)
+    if args.device != "mps":  # where some versions of torch read such weights wrongly
+        model.to(memory_format=torch.channels_last)  # faster convolutions
     averaged = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05, fused=True)
-    n_updates = max(20, args.epochs * math.ceil(len(train) / args.batch_size))  # with 10, OneCycleLR divides by zero
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, n_updates, pct_start=0.1, cycle_momentum=False)
+    n_updates = args.epochs * math.ceil(len(train) / args.batch_size)
+    n_updates = max(20, n_updates)  # with 10, OneCycleLR divides by zero
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.lr, n_updates, pct_start=0.1, cycle_momentum=False)
     n_parameters = sum(p.numel() for p in model.parameters())
-    print(f"{data.name} ({data.binarization}), {n_parameters:,} parameters, {args.device}; writing to {out_dir}")
+    print(f"{data.name} ({data.binarization}), {n_parameters:,} parameters, {args.device}; "
+          f"writing to {out_dir}")
+
     untrained_elbo = epoch_iter(averaged, val.split(1000), None)
-    state = {"model": model, "averaged": averaged, "optimizer": optimizer, "schedule": schedule}
-    rows = checkpoint["rows"] if checkpoint else []
+
+    # Resume
+    parts = {"model": model, "averaged": averaged, "optimizer": optimizer, "schedule": schedule}
+    rows = []  # of metrics.csv, one per epoch
+    best = None  # the averaged weights of the epoch with the best validation ELBO
     if checkpoint:
-        for name, part in state.items():
+        rows = checkpoint["rows"]
+        best = checkpoint["best"]
+        for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
     else:
-        if (out_dir / "checkpoint.pt").exists() and not (out_dir / "results.json").exists():  # an unfinished run
-            for name in ("checkpoint", "best"):
-                os.replace(out_dir / f"{name}.pt", out_dir / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.pt")
-            print(f"{out_dir} has an unfinished run: its checkpoints are kept, renamed by date", file=sys.stderr)
-        (out_dir / "checkpoint.pt").unlink(missing_ok=True)  # of a finished run
+        keep_unfinished_run(out_dir)
         save_samples(averaged, out_dir / "samples_start.png")
 
+    # Epochs
     for epoch in range(len(rows) + 1, args.epochs + 1):
         start = time.time()
         torch.manual_seed(10_000 * args.seed + epoch)
-        share = 0.5 - 0.5 * (epoch - 1) / args.epochs if args.zdim > 2 else 0  # two dimensions cannot encode a shift
-        batches = shift_some(train, share)[torch.randperm(len(train))].split(args.batch_size)
-        train_elbo, val_elbo = run_epoch(model, (batches, val.split(1000)), optimizer, schedule, averaged)
+        learning_rate = schedule.get_last_lr()[0]  # of the epoch's first update
+        share = 0  # of shifted images: two dimensions cannot encode a shift as well
+        if args.zdim > 2:
+            share = 0.5 - 0.5 * (epoch - 1) / args.epochs
+        images = shift_some(train, share)
+        batches = images[torch.randperm(len(train))].split(args.batch_size)
+        data_of_epoch = batches, val.split(1000)
+        train_elbo, val_elbo = run_epoch(model, data_of_epoch, optimizer, schedule, averaged)
         if not math.isfinite(train_elbo + val_elbo):
-            raise FloatingPointError(f"the loss in epoch {epoch} is not finite: start again with a smaller --lr")
+            raise FloatingPointError(f"the loss in epoch {epoch} is not finite: "
+                                     "start again with a smaller --lr")
         seconds = time.time() - start
-        rows.append({"epoch": epoch, "train_elbo": train_elbo, "val_elbo": val_elbo, "seconds": seconds,
-                     "images_per_s": len(train) / seconds, "learning_rate": schedule.get_last_lr()[0]})
-        print("  ".join(f"{name} {value:<8.5g}" for name, value in rows[-1].items()))
+        rows.append({
+            "epoch": epoch,
+            "train_elbo": train_elbo,
+            "val_elbo": val_elbo,
+            "seconds": seconds,
+            "images_per_s": len(train) / seconds,
+            "learning_rate": learning_rate,
+        })
+
         if epoch == (args.epochs + 1) // 2:
             save_samples(averaged, out_dir / "samples_half.png")
-        weights = {"format": FORMAT, "zdim": args.zdim, "averaged": averaged.state_dict()}
         if val_elbo == max(row["val_elbo"] for row in rows):
-            save(weights, out_dir / "best.pt")
-        np.savetxt(out_dir / "metrics.csv", [[*row.values()] for row in rows], "%.8g", ",",
-                   header=",".join(rows[0]), comments="")
+            best = copy.deepcopy(averaged.state_dict())
+        write_metrics(rows, out_dir / "metrics.csv")
         (out_dir / "results.json").unlink(missing_ok=True)  # of an earlier run
-        parts = {name: part.state_dict() for name, part in state.items()}
-        save({**weights, **parts, "rows": rows, "settings": settings}, out_dir / "checkpoint.pt")
+        settings = {name: getattr(args, name) for name in SETTINGS}
+        content = {name: part.state_dict() for name, part in parts.items()}
+        content.update(format=FORMAT, zdim=args.zdim, best=best, rows=rows,
+                       settings=settings)
+        save(content, out_dir / "checkpoint.pt")
+        print("  ".join(f"{name} {value:<8.5g}" for name, value in rows[-1].items()), flush=True)
 
+    # Test
+    weights = {"format": FORMAT, "zdim": args.zdim, "best": best}
+    averaged.load_state_dict(best)
     torch.manual_seed(10_000 * args.seed + args.epochs + 1)
-    best_row = max(rows, key=lambda row: row["val_elbo"])
-    best = load_model(out_dir / "best.pt", args.device)
-    scores = evaluate(best, test, IW_SAMPLES)
-    save_elbo_plot(*([r[k] for r in rows] for k in ("train_elbo", "val_elbo")), out_dir / "elbo.pdf", untrained_elbo)
-    save_samples(best, out_dir / "samples_end.png")
+    scores = evaluate(averaged, test, IW_SAMPLES)
+    save_samples(averaged, out_dir / "samples_end.png")
     if args.zdim == 2:
-        save_manifold(best, out_dir / "manifold.png")
-    save(load_checkpoint(out_dir / "best.pt"), out_dir / "weights.pt")
-    peak_memory_mb, seconds = None, sum(row["seconds"] for row in rows)
-    if sys.platform != "win32":  # ru_maxrss counts KiB on Linux and bytes on macOS
-        import resource
-        peak_memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 ** (1 + (sys.platform == "darwin"))
-    results = {**settings, "binarization": data.binarization, "device": args.device, "parameters": n_parameters,
-               "train_seconds": seconds, "images_per_s": len(train) * len(rows) / seconds,
-               "peak_memory_mb": peak_memory_mb, "untrained_elbo": untrained_elbo, "best_epoch": best_row["epoch"],
-               "val_elbo": best_row["val_elbo"], **scores, "iw_samples": IW_SAMPLES}
+        save_manifold(averaged, out_dir / "manifold.png")
+    train_curve = [row["train_elbo"] for row in rows]
+    val_curve = [row["val_elbo"] for row in rows]
+    save_elbo_plot(train_curve, val_curve, out_dir / "elbo.pdf", untrained_elbo)
+    save(weights, out_dir / "weights.pt")
+
+    seconds = sum(row["seconds"] for row in rows)
+    results = {name: getattr(args, name) for name in SETTINGS}
+    results.update(
+        device=args.device,
+        processor=processor_name(args.device),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        parameters=n_parameters,
+        train_seconds=seconds,
+        images_per_s=len(train) * len(rows) / seconds,
+        peak_memory_mb=peak_memory_mb(args.device),
+        binarization=data.binarization,
+        untrained_elbo=untrained_elbo,
+        best_epoch=val_curve.index(max(val_curve)) + 1,
+        val_elbo=max(val_curve),
+        **scores)
     (out_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(f"test: ELBO {scores['test_elbo']:.2f}, log p(x) >= {scores['test_log_px']:.2f} nats per image")
+    print(f"test: ELBO {scores['test_elbo']:.2f}, log p(x) >= {scores['test_log_px']:.2f} "
+          "nats per image")
 
 
 if __name__ == "__main__":
     arguments = parse_args()
     try:
-        (write_samples if arguments.sample else main)(arguments)
+        if arguments.sample:
+            write_samples(arguments)
+        else:
+            main(arguments)
     except KeyboardInterrupt:
-        print(f'interrupted; a run continues with --resume --out_dir "{run_dir(arguments)}"', file=sys.stderr)
+        message = "interrupted"
+        folder = run_dir(arguments)
+        if (folder / "checkpoint.pt").exists() and not arguments.sample:
+            message += f': the run continues with --resume --out_dir "{folder}"'
+        print(message, file=sys.stderr)
         sys.exit(130)
     except (DataError, FloatingPointError, OSError) as error:
         sys.exit(f"{Path(__file__).name}: error: {error}")

@@ -12,8 +12,26 @@ from scipy.spatial.distance import cdist
 
 import a3_gan
 import datasets
-from a3_gan import (Discriminator, Generator, classify, coverage, discriminator_loss, frechet_distance, generate,
-                    generator_loss, gradient_penalty, noise, score, slerp, to_images, train, train_classifier)
+from a3_gan import (
+    Discriminator,
+    Generator,
+    classify,
+    discriminator_loss,
+    frechet_distance,
+    generate,
+    generator_loss,
+    gradient_penalty,
+    noise,
+    score,
+    slerp,
+    to_images,
+    train,
+    train_classifier,
+)
+
+
+def coverage(real, fake, k=5):
+    return a3_gan.coverage(real, fake, a3_gan.neighbour_radii(real, k))
 
 
 @pytest.mark.parametrize("latent_dim", [2, 100])

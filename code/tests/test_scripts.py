@@ -31,8 +31,8 @@ SCRIPTS = [
            ["fid", "fid_floor", "coverage", "class_shares"], "gan"),
     Script(a3_nf, "a3_nf", ["--n_mixtures", 2, "--batch_size", 8], {"n_mixtures": 2}, {"bpd.pdf"},
            ["train_bpd", "val_bpd"], "val_bpd", -1, ["test_bpd", "test_bpd_iw", "seconds_to_1_85"], "nf")]
-FILES = {"samples_start.png", "samples_half.png", "samples_end.png", "metrics.csv", "results.json", "checkpoint.pt",
-         "best.pt", "weights.pt"}
+FILES = {"samples_start.png", "samples_half.png", "samples_end.png", "metrics.csv", "results.json",
+         "checkpoint.pt", "weights.pt"}
 
 
 @pytest.fixture(scope="session", params=SCRIPTS, ids=[script.name for script in SCRIPTS])
@@ -95,14 +95,14 @@ def is_same(a, b):
         return torch.equal(a, b)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(is_same(a[key], b[key]) for key in a if not (
-            "seconds" in str(key) or key in ("images_per_s", "peak_memory_mb", "reached")))
+            "seconds" in str(key) or key in ("images_per_s", "peak_memory_mb")))
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(is_same, a, b))
     return a == b or (a != a and b != b)  # NaN
 
 
 def assert_same_run(folder_a, folder_b):
-    for name in ("checkpoint.pt", "best.pt", "weights.pt"):
+    for name in ("checkpoint.pt", "weights.pt"):
         assert is_same(load(folder_a / name), load(folder_b / name)), name
     assert is_same(results(folder_a), results(folder_b))
     for path in folder_a.glob("*.png"):
@@ -124,7 +124,7 @@ def test_a_run_leaves_its_files(script, finished):
 def test_results_say_what_was_run(script, finished):
     found, rows = results(finished), np.genfromtxt(finished / "metrics.csv", delimiter=",", names=True)
     for key in ("dataset", "dataset_md5", "seed", "epochs", "device", "parameters", "train_seconds", "images_per_s",
-                "peak_memory_mb", "batch_size", "lr", *script.setting, *script.results):
+                "peak_memory_mb", "batch_size", "lr", "processor", "python", "torch", *script.setting, *script.results):
         assert key in found and (found[key] is not None or key == "seconds_to_1_85"), key
     assert (found["dataset"], found["seed"], found["epochs"], found["device"]) == ("glyphs", 42, 2, "cpu")
     assert script.setting.items() <= found.items() and 100 < found["peak_memory_mb"] < 20_000
@@ -135,16 +135,16 @@ def test_results_say_what_was_run(script, finished):
     assert n_parameters == found["parameters_generator" if script.module is a3_gan else "parameters"]
 
 
-def test_load_model_takes_each_of_the_three_files(script, finished):
-    for name in ("checkpoint.pt", "best.pt", "weights.pt"):
-        model, content = script.module.load_model(finished / name), load(finished / name)
-        assert not model.training and is_same(dict(model.state_dict()), content["averaged"])
+def test_load_model_takes_both_files(script, finished):
+    for name in ("checkpoint.pt", "weights.pt"):
+        model = script.module.load_model(finished / name)
+        content = load(finished / name)
+        assert not model.training
+        assert is_same(dict(model.state_dict()), content["best"])
         assert script.setting.items() <= content.items()
-        if name != "checkpoint.pt":  # no more than what rebuilds the model
-            assert content.keys() == {"format", "averaged", *script.setting}
-    assert is_same(load(finished / "best.pt"), load(finished / "weights.pt"))
+    assert content.keys() == {"format", "best", *script.setting}  # no more than rebuilds the model
     if script.module is a3_gan:
-        assert is_same(load(finished / "mnist_generator.pt"), content["averaged"])
+        assert is_same(load(finished / "mnist_generator.pt"), content["best"])
 
 
 def test_best_weights_are_those_of_the_best_epoch(script, common, tmp_path, monkeypatch):
@@ -166,10 +166,12 @@ def test_best_weights_are_those_of_the_best_epoch(script, common, tmp_path, monk
         monkeypatch.setattr(script.module, "run_epoch", lambda *args, run_epoch=script.module.run_epoch: (
             run_epoch(*args)[0], next(values)))
     start(script, "--dry_run", *common, *script.flags, "--out_dir", tmp_path)
-    assert seen[:3] == ["best.pt", "checkpoint.pt", "checkpoint.pt"] and seen.count("weights.pt") == 1
+    assert seen[:2] == ["checkpoint.pt", "checkpoint.pt"]
+    assert seen[-1] == "weights.pt"
     assert results(tmp_path)["best_epoch"] == 1 and results(tmp_path)[script.curve] == 5
-    best, last, weights = (load(tmp_path / f"{name}.pt")["averaged"] for name in ("best", "checkpoint", "weights"))
-    assert is_same(best, weights) and not is_same(best, last)
+    last = load(tmp_path / "checkpoint.pt")
+    assert is_same(last["best"], load(tmp_path / "weights.pt")["best"])
+    assert not is_same(last["best"], last["averaged"])
     if script.module is a3_gan:  # batch norm has seen the four batches of the first epoch, and is frozen in the second
         assert load(tmp_path / "checkpoint.pt")["generator"]["net.1.num_batches_tracked"] == 4
 
@@ -192,39 +194,45 @@ def test_another_seed_gives_other_numbers(script, common, finished, tmp_path, mo
 
 # -------------------------------------------------------------------------------------------- interrupted and resumed
 KILLED = """
-import os, runpy, signal, sys, torch
-sys.path.insert(0, os.path.dirname(sys.argv[1]))
-update, number, sys.argv = int(sys.argv[2]), int(sys.argv[3]), sys.argv[1:2] + sys.argv[4:]
-lerp, calls = torch._foreach_lerp_, []
-def counting(*args):  # once per update, for the averaged weights
-    calls.append(1)
-    if len(calls) == update:
+import os, runpy, signal, sys
+from pathlib import Path
+import torch
+number, checkpoint, sys.argv = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+lerp_ = torch.Tensor.lerp_
+def lerp_or_die(*args):
+    if checkpoint.exists():
         os.kill(os.getpid(), number)
-    return lerp(*args)
-torch._foreach_lerp_ = counting
+    return lerp_(*args)
+torch.Tensor.lerp_ = lerp_or_die
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job ignores
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def run_killed(script, update, number, *argv):
-    """Run it as a program that gets a signal at the given update; an epoch has three of them, or four (GAN)."""
-    command = [sys.executable, "-c", KILLED, CODE / f"{script.name}.py", update, int(number), *argv]
+def run_killed(script, number, folder, *argv):
+    """Run it as a program that gets a signal in the first update after there is a checkpoint."""
+    command = [sys.executable, "-c", KILLED, int(number), folder / "checkpoint.pt",
+               CODE / f"{script.name}.py", *argv, "--out_dir", folder]
     process = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
     return process.returncode, process.stderr
 
 
 def test_killed_again_and_again_it_ends_like_an_uninterrupted_run(script, common, finished, tmp_path):
-    """Ctrl-C, SIGTERM and kill -9 in the middle of epoch 2. Flags given with --resume do not count."""
-    status, stderr = run_killed(script, 6, signal.SIGINT, "--dry_run", *common, *script.flags, "--out_dir", tmp_path)
-    assert status == 130 and stderr.count("\n") == 1 and f'--resume --out_dir "{tmp_path}"' in stderr
-    resume = "--resume", *common, "--out_dir", tmp_path
+    """Ctrl-C, SIGTERM and kill -9 in epoch 2. Flags given with --resume do not count."""
+    status, stderr = run_killed(
+        script, signal.SIGINT, tmp_path, "--dry_run", *common, *script.flags)
+    assert status == 130
+    assert stderr.count("\n") == 1
+    assert f'--resume --out_dir "{tmp_path}"' in stderr
     for number in (signal.SIGTERM, signal.SIGKILL):
-        assert len(load(tmp_path / "checkpoint.pt")["rows"]) == 1 and not (tmp_path / "results.json").exists()
+        assert len(load(tmp_path / "checkpoint.pt")["rows"]) == 1
         assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 2
-        assert run_killed(script, 2, number, *resume)[0] == -number
-    first, second = script.flags[:2], ["--batch_size", 99, "--lr", 0.5, "--seed", 7, "--epochs", 1]
-    start(script, *resume, first[0], first[1] + 1, *second)
+        assert not (tmp_path / "results.json").exists()
+        assert run_killed(script, number, tmp_path, "--resume", *common)[0] == -number
+    setting, value = script.flags[:2]
+    others = [setting, value + 1, "--batch_size", 99, "--lr", 0.5, "--seed", 7, "--epochs", 1]
+    start(script, "--resume", *common, "--out_dir", tmp_path, *others)
     assert_same_run(tmp_path, finished)
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -234,7 +242,7 @@ def test_a_write_that_breaks_off_leaves_a_checkpoint_that_loads(script, common, 
 
     def break_off(content, file, save=torch.save):
         writes.append(file)
-        if len(writes) == 3:  # after best.pt and checkpoint.pt of epoch 1
+        if len(writes) == 2:  # the checkpoint of epoch 2
             Path(file).write_bytes(b"PK\x03\x04 half of it")
             raise KeyboardInterrupt
         save(content, file)
@@ -242,40 +250,40 @@ def test_a_write_that_breaks_off_leaves_a_checkpoint_that_loads(script, common, 
     monkeypatch.setattr(a3_vae, "IW_SAMPLES", 1)
     with pytest.raises(KeyboardInterrupt):
         start(script, "--dry_run", *common, *script.flags, "--out_dir", tmp_path)
-    for name in ("checkpoint.pt", "best.pt"):
-        script.module.load_model(tmp_path / name)
+    script.module.load_model(tmp_path / "checkpoint.pt")
     assert len(load(tmp_path / "checkpoint.pt")["rows"]) == 1
 
 
 def test_a_new_run_keeps_the_checkpoint_of_an_unfinished_one(script, common, finished, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(a3_vae, "IW_SAMPLES", 1)
-    for name in ("checkpoint.pt", "best.pt"):
-        shutil.copy(finished / name, tmp_path)
+    shutil.copy(finished / "checkpoint.pt", tmp_path)
     argv = "--dry_run", *common, *script.flags, "--out_dir", tmp_path, "--epochs", 1, "--seed", 5
     start(script, *argv)
     assert "unfinished" in capsys.readouterr().err
-    kept = {path.name.partition("-")[0]: path for path in tmp_path.glob("*-*.pt")}
-    assert set(kept) == {"checkpoint", "best"} and len(list(tmp_path.glob("*-*.pt"))) == 2
-    for name, path in kept.items():
-        assert path.read_bytes() == (finished / f"{name}.pt").read_bytes() != (tmp_path / f"{name}.pt").read_bytes()
+    kept, = tmp_path.glob("checkpoint-*.pt")
+    assert kept.read_bytes() == (finished / "checkpoint.pt").read_bytes()
+    assert kept.read_bytes() != (tmp_path / "checkpoint.pt").read_bytes()
     start(script, *argv)  # over a finished one
-    assert capsys.readouterr().err == "" and len(list(tmp_path.glob("*-*.pt"))) == 2
+    assert capsys.readouterr().err == ""
+    assert len(list(tmp_path.glob("checkpoint-*.pt"))) == 1
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(script, common, tmp_path, monkeypatch, capsys):
-    lerp, calls = torch._foreach_lerp_, []
+def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(
+        script, common, tmp_path, monkeypatch, capsys):
+    lerp_ = torch.Tensor.lerp_
 
-    def spoil(averaged, weights, *args):
-        calls.append(1)
-        if len(calls) == 6:  # in epoch 2
-            weights[0].fill_(math.nan)
-        return lerp(averaged, weights, *args)
-    monkeypatch.setattr(torch, "_foreach_lerp_", spoil)
+    def spoil(average, *args):
+        if (tmp_path / "checkpoint.pt").exists():  # in epoch 2
+            return average.fill_(math.nan)
+        return lerp_(average, *args)
+    monkeypatch.setattr(torch.Tensor, "lerp_", spoil)
     err = fails(script, capsys, "--dry_run", *common, *script.flags, "--out_dir", tmp_path)
-    assert "epoch 2" in err and "not finite" in err
-    for name in ("checkpoint.pt", "best.pt"):
-        assert all(p.isfinite().all() for p in script.module.load_model(tmp_path / name).parameters())
-    assert len(load(tmp_path / "checkpoint.pt")["rows"]) == 1 and not (tmp_path / "results.json").exists()
+    assert "epoch 2" in err
+    assert "not finite" in err
+    model = script.module.load_model(tmp_path / "checkpoint.pt")
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert len(load(tmp_path / "checkpoint.pt")["rows"]) == 1
+    assert not (tmp_path / "results.json").exists()
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -337,7 +345,7 @@ def test_a_bad_checkpoint_is_one_line_and_runs_no_code(script, common, finished,
     good = load(finished / "checkpoint.pt")
     other = SCRIPTS[SCRIPTS.index(script) - 1].module.FORMAT
     contents = {"missing": None, "truncated": (finished / "checkpoint.pt").read_bytes()[:-2000], "text": b"hello",
-                "empty": b"", "list": [1, 2], "foreign": good | {"format": other}, "unnamed": {"averaged": {}},
+                "empty": b"", "list": [1, 2], "foreign": good | {"format": other}, "unnamed": {"best": {}},
                 "newer": good | {"format": "a3 99"}, "hostile": good | {"rows": Evil(tmp_path / "it ran")}}
     for name, content in contents.items():
         (folder := tmp_path / name).mkdir()
