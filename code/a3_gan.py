@@ -714,7 +714,8 @@ def main(args):
         nearest_train_distance_of_test=distance_of_test,
         interpolation=interpolation)
     (out_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(f"test: Fréchet distance {scores['fid']:.2f} (training images: {results['fid_floor']:.2f})")
+    print(f"test: Fréchet distance {scores['fid']:.2f} "
+          f"(training images: {results['fid_floor']:.2f})")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the tests share: the scripts on the path, MNIST if there is any, and glyphs that are drawn once."""
+"""What the tests share: scripts on the path, MNIST if there is any, glyphs that are drawn once."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-os.environ["OMP_NUM_THREADS"] = "1"  # faster, as the tests are small; of the processes that they start, too
+os.environ["OMP_NUM_THREADS"] = "1"  # faster for small tests, and for the processes they start
 
 import torch  # noqa: E402
 import torchvision  # noqa: E402
@@ -22,7 +22,8 @@ def mnist_dir():
     return Path(folder).resolve() if folder and (Path(folder) / "MNIST" / "raw").is_dir() else None
 
 
-needs_mnist = pytest.mark.skipif(mnist_dir() is None, reason="A3_DATA_DIR does not name a folder with MNIST/raw")
+needs_mnist = pytest.mark.skipif(
+    mnist_dir() is None, reason="A3_DATA_DIR does not name a folder with MNIST/raw")
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +54,7 @@ def glyphs_dir(tmp_path_factory):
 
 
 def randomized(model, scale, seed=0):
-    """The model with random weights everywhere, since a special initialisation can hide a mistake."""
+    """The model with random weights everywhere: a special initialisation can hide a mistake."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
