@@ -2,11 +2,12 @@
 
     python3 macros.py > numbers.tex
 
-Each entry of figures/<run>/results.json becomes a macro, named after the run and the entry: test_elbo of vae_z20 is
-\\vaeTestElbo. Entries of the last row of metrics.csv get "Last": \\nfLastTrainBpd. Mean and standard deviation over
-three seeds get "Mean" and "Std": \\vaeTestElboMean. Times are those of the median epoch of these three runs, as others
-may use the machine as well. What `python a3_gan.py --score` says of a run's samples.npz, in scores.json, becomes
-\\nfSamplesFid and \\nfTrainingImagesFid. Needs nothing but Python.
+Each entry of figures/<run>/results.json becomes a macro, named after the run and the entry:
+test_elbo of vae_z20 is \\vaeTestElbo. Entries of the last row of metrics.csv get "Last":
+\\nfLastTrainBpd. Mean and standard deviation over seeds get "Mean" and "Std": \\vaeTestElboMean.
+Times are those of the median epoch of these runs, as others may use the machine as well. What
+`python a3_gan.py --score` says of a run's samples.npz, in scores.json, becomes \\nfSamplesFid and
+\\nfTrainingImagesFid. Needs nothing but Python.
 """
 
 import csv
@@ -17,12 +18,12 @@ import statistics
 import sys
 from pathlib import Path
 
-RUNS = {  # prefix of the macros: folder, the command that fills it, and the result whose mean over seeds is wanted
-    "vae": ("vae_z20", "python a3_vae.py --zdim 20", "test_elbo"),
-    "vaeTwo": ("vae_z2", "python a3_vae.py --zdim 2", "test_elbo"),
-    "gan": ("gan", "python a3_gan.py --n_epochs 200", "fid"),
-    "nf": ("nf", "python a3_nf.py", "test_bpd"),
-}  # each also with --seed 1 and 2, in vae_z20_seed1 and so on
+RUNS = {  # prefix of the macros: folder, the command that fills it, its result, other seeds
+    "vae": ("vae_z20", "python a3_vae.py --zdim 20", "test_elbo", [1, 2]),
+    "vaeTwo": ("vae_z2", "python a3_vae.py --zdim 2", "test_elbo", [1, 2]),
+    "gan": ("gan", "python a3_gan.py --n_epochs 200", "fid", [1, 2]),
+    "nf": ("nf", "python a3_nf.py", "test_bpd", []),
+}  # the runs of the other seeds are in vae_z20_seed1 and so on
 DIGITS = ["Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine"]
 
 
@@ -61,12 +62,13 @@ def read(folder, command):
         if int(rows[-1]["epoch"]) != results["epochs"] or results["dataset"] != "mnist":
             raise ValueError("a run that is not finished, or not on MNIST")
     except (OSError, ValueError, LookupError) as error:
-        sys.exit(f"macros.py: error: no results in {folder} ({error}): make them in code/ with {command}")
+        sys.exit(f"macros.py: error: no results in {folder} ({error}): "
+                 f"make them in code/ with {command}")
     return results, rows
 
 
 def read_scores(folder):
-    """The entries of scores.json in a run's folder, as {"samples_fid": ...}; none if there is no such file."""
+    """The entries of scores.json in a run's folder, as {"samples_fid": ...}; none without it."""
     path = Path(__file__).resolve().parent / "figures" / folder / "scores.json"
     scores = json.loads(path.read_text()) if path.exists() else {}
     return {f"{name.replace(' ', '_')}_{key}": value
@@ -81,29 +83,38 @@ def show(prefix, values):
 
 
 def main():
-    for prefix, (folder, command, mean_key) in RUNS.items():
+    for prefix, (folder, command, mean_key, seeds) in RUNS.items():
         values, rows = read(folder, command)
         values.update({f"last_{key}": float(value) for key, value in rows[-1].items() if value})
         values.update(read_scores(folder))
         values["million_parameters"] = values["parameters"] / 1e6
         values["half_epoch"] = (values["epochs"] + 1) // 2
         if "test_kl" in values:  # so that the numbers add up as they are printed
-            values["test_kl"] = round(values["test_log_p_x_given_z"], 2) - round(values["test_elbo"], 2)
+            reconstruction = round(values["test_log_p_x_given_z"], 2)
+            values["test_kl"] = reconstruction - round(values["test_elbo"], 2)
         if prefix == "gan":
-            values["parameters_discriminator"] = values["parameters"] - values["parameters_generator"]
+            generator = values["parameters_generator"]
+            values["parameters_discriminator"] = values["parameters"] - generator
             values["classifier_percent"] = f"{100 * values['classifier_test_accuracy']:.1f}"
             values["rarest_percent"] = f"{100 * min(values['class_shares']):.1f}"
             path = values["interpolation"]
             values["from_digit"], values["to_digit"] = path["digits"]
-            values["from_probability"], values["to_probability"] = (f"{p:.3f}" for p in path["probabilities"])
+            start, end = path["probabilities"]
+            values["from_probability"] = f"{start:.3f}"
+            values["to_probability"] = f"{end:.3f}"
         if prefix == "nf":  # bits per dimension to nats per image
-            values["gap_nats"] = round((values["val_bpd"] - values["last_train_bpd"]) * 784 * math.log(2))
+            gap = values["val_bpd"] - values["last_train_bpd"]
+            values["gap_nats"] = round(gap * 784 * math.log(2))
         runs = [(values, rows)]
-        for other, seed in ((f"{folder}_seed1", 1), (f"{folder}_seed2", 2)):
+        for seed in seeds:
+            other = f"{folder}_seed{seed}"
             runs.append(read(other, f"{command} --seed {seed} --out_dir ../report/figures/{other}"))
-        figures = [results[mean_key] for results, _ in runs]
-        values[f"{mean_key}_mean"], values[f"{mean_key}_std"] = statistics.mean(figures), statistics.stdev(figures)
-        values["best_epochs"] = "{}, {} and {}".format(*(results["best_epoch"] for results, _ in runs))
+        if seeds:
+            figures = [results[mean_key] for results, _ in runs]
+            values[f"{mean_key}_mean"] = statistics.mean(figures)
+            values[f"{mean_key}_std"] = statistics.stdev(figures)
+            best_epochs = [results["best_epoch"] for results, _ in runs]
+            values["best_epochs"] = "{}, {} and {}".format(*best_epochs)
         epoch_seconds = statistics.median(float(row["seconds"]) for _, rows in runs for row in rows)
         values["epoch_seconds"] = round(epoch_seconds)
         values["train_minutes"] = round(epoch_seconds * values["epochs"] / 60)
