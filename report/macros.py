@@ -88,7 +88,8 @@ def main():
         values.update({f"last_{key}": float(value) for key, value in rows[-1].items() if value})
         values.update(read_scores(folder))
         values["million_parameters"] = values["parameters"] / 1e6
-        values["half_epoch"] = (values["epochs"] + 1) // 2
+        planned = values.get("planned_epochs", values["epochs"])  # of a run that was stopped
+        values["half_epoch"] = (planned + 1) // 2
         if "test_kl" in values:  # so that the numbers add up as they are printed
             reconstruction = round(values["test_log_p_x_given_z"], 2)
             values["test_kl"] = reconstruction - round(values["test_elbo"], 2)
