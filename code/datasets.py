@@ -12,19 +12,21 @@ glyphs, with a warning. Of MNIST's training images the last 10,000 are for valid
 import gzip
 import hashlib
 import os
+import shutil
 import socket
 import sys
 import tempfile
 from collections import namedtuple
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps  # comes with torchvision and matplotlib
 
-DATA_DIR = Path(os.environ.get("A3_DATA_DIR") or Path(__file__).resolve().parents[1] / "data")
+DATA_DIR = Path(__file__).resolve().parents[1] / "data"
+if os.environ.get("A3_DATA_DIR"):
+    DATA_DIR = Path(os.environ["A3_DATA_DIR"]).expanduser()
 SIZES = [50_000, 10_000, 10_000]  # training, validation, test
 MNIST_MD5 = {  # of the uncompressed files
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -133,14 +135,17 @@ def read(path):
     Raises DataError if it cannot be read.
     """
     compressed = Path(f"{path}.gz")
+    if not path.exists():
+        path = compressed
     try:
-        if path.exists():
-            return path.read_bytes()
-        if compressed.exists():
-            return gzip.decompress(compressed.read_bytes())
-        return None
+        if not path.exists():
+            return None
+        content = path.read_bytes()
+        if content.startswith(b"\x1f\x8b"):  # a name is no proof: browsers unpack some .gz files
+            content = gzip.decompress(content)
+        return content
     except Exception as error:  # gzip raises exceptions of many types
-        raise corrupt(path if path.exists() else compressed, error) from None
+        raise corrupt(path, error) from None
 
 
 def read_npz(path, names):
@@ -152,20 +157,29 @@ def read_npz(path, names):
         raise corrupt(path, error) from None
 
 
-def download(what, path, fetch):
-    """Call fetch(), which downloads `what` to `path`. Raises UnavailableError if that fails."""
-    print(f"downloading {what} to {path} ...")
+def download(what, missing, folder, fetch):
+    """Call fetch(temporary folder), which downloads files and returns their paths, and copy them.
+
+    Raises UnavailableError if that fails. No partial file, and no empty folder, is left behind.
+    """
+    print(f"downloading {what} to {folder} ...")
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # seconds; the default is to wait forever
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fetch()
+        with tempfile.TemporaryDirectory() as temporary:
+            files = fetch(Path(temporary))
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in files:
+                partial = folder / f"{file.name}.{os.getpid()}.tmp"
+                shutil.copyfile(file, partial)
+                os.replace(partial, folder / file.name)
     except Exception as error:  # from the network, a proxy, the disk, torch or torchvision
         reason = str(error).strip() or type(error).__name__
         reason = reason.splitlines()[-1]
         raise UnavailableError(
-            f"{what} is not at {path} and cannot be downloaded ({reason}): see data/README.md, "
-            "name another folder with --data_dir, or use --dataset glyphs") from None
+            f"{missing} is not in {folder}, and {what} cannot be downloaded ({reason}): see "
+            "data/README.md, name another folder with --data_dir, or use --dataset glyphs"
+        ) from None
     finally:
         socket.setdefaulttimeout(timeout)
 
@@ -173,8 +187,9 @@ def download(what, path, fetch):
 # ----------------------------------------------------------------------------------------- MNIST
 def load_mnist(raw):
     """MNIST from the four files in the folder `raw`, which are downloaded if one is missing."""
-    if None in [read(raw / name) for name in MNIST_MD5]:
-        download("MNIST", raw, lambda: fetch_mnist(raw))
+    missing = [name for name in MNIST_MD5 if read(raw / name) is None]
+    if missing:
+        download("MNIST", f"{missing[0]} (or .gz)", raw, fetch_mnist)
     arrays = []
     for name, md5 in MNIST_MD5.items():
         content = read(raw / name)
@@ -188,14 +203,19 @@ def load_mnist(raw):
     return make_dataset("mnist", torch.from_numpy(images), torch.from_numpy(labels))
 
 
-def fetch_mnist(raw):
-    """Download with torchvision into a temporary folder, so that no partial files are left."""
+def fetch_mnist(folder):
+    """Download MNIST with torchvision into a folder. Returns the paths of the four files."""
     from torchvision.datasets import MNIST
-    with tempfile.TemporaryDirectory(dir=raw.parent) as folder:
-        MNIST(folder, download=True)
-        raw.mkdir(exist_ok=True)
-        for name in MNIST_MD5:
-            os.replace(Path(folder) / "MNIST" / "raw" / name, raw / name)
+    MNIST(folder, download=True)
+    return [folder / "MNIST" / "raw" / name for name in MNIST_MD5]
+
+
+def fetch_larochelle(folder):
+    """Download Larochelle's binarization into a folder. Returns the path of the file, in a list."""
+    npz = folder / "binarized_mnist.npz"
+    torch.hub.download_url_to_file(
+        LAROCHELLE_URL, npz, hash_prefix=LAROCHELLE_SHA256, progress=False)
+    return [npz]
 
 
 def load_larochelle(data_dir):
@@ -211,8 +231,7 @@ def load_larochelle(data_dir):
     else:
         source = npz
         if not npz.exists():
-            download("Larochelle's binarization", npz, lambda: torch.hub.download_url_to_file(
-                LAROCHELLE_URL, npz, hash_prefix=LAROCHELLE_SHA256, progress=False))
+            download("Larochelle's binarization", npz.name, data_dir, fetch_larochelle)
         pixels = read_npz(npz, [f"{name}_data" for name in LAROCHELLE_MD5])
     for split, md5 in zip(pixels, LAROCHELLE_MD5.values(), strict=True):
         if hashlib.md5(np.ascontiguousarray(split)).hexdigest() != md5:
@@ -243,9 +262,11 @@ def load_glyphs(path):
 
 def draw_digits():
     """The ten digits in each font, in two stroke widths: [styles, 10, 1, 56, 56] in [0, 1]."""
+    import matplotlib  # which has the fonts
+    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     digits = []
     for name in FONTS:
-        font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf", 100)
+        font = ImageFont.truetype(str(fonts / f"{name}.ttf"), 100)
         for stroke, digit in np.ndindex(2, 10):
             image = Image.new("L", (200, 200))
             pen = ImageDraw.Draw(image)

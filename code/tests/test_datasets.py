@@ -1,7 +1,11 @@
 """Data: what is read is right, what is corrupt is named, and without a network there are glyphs."""
 
+import errno
 import gzip
 import hashlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +14,7 @@ import torch
 import torchvision
 
 import datasets
-from conftest import mnist_dir, needs_mnist
+from conftest import CODE, mnist_dir, needs_mnist
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -124,6 +128,30 @@ def test_a_corrupt_file_is_named_in_one_line(tiny_mnist, name, damage, which):
     one_line(datasets.load, which, folder, match=name.removesuffix(".gz"))
 
 
+def test_a_missing_file_is_named_as_it_must_be_called(tiny_mnist):
+    folder, _ = tiny_mnist
+    raw = folder / "MNIST" / "raw"
+    (raw / "t10k-labels-idx1-ubyte").rename(raw / "t10k-labels.idx1-ubyte")  # a common spelling
+    one_line(datasets.load, "mnist", folder, match=r"t10k-labels-idx1-ubyte \(or \.gz\) is not in",
+             error=datasets.UnavailableError)
+
+
+def test_an_unpacked_file_with_the_name_of_a_packed_one_is_read(tiny_mnist):
+    folder, _ = tiny_mnist
+    path = folder / "MNIST" / "raw" / "train-images-idx3-ubyte.gz"
+    expected = datasets.load("mnist", folder).md5
+    path.write_bytes(gzip.decompress(path.read_bytes()))
+    assert datasets.load("mnist", folder).md5 == expected
+
+
+def test_the_folder_of_the_data_can_begin_with_a_tilde(tmp_path):
+    program = "import datasets; print(datasets.DATA_DIR)"
+    environment = {**os.environ, "HOME": str(tmp_path), "A3_DATA_DIR": "~/my data"}
+    printed = subprocess.run([sys.executable, "-c", program], cwd=CODE, env=environment,
+                             capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == str(tmp_path / "my data")
+
+
 @pytest.mark.parametrize("load", [datasets.load, datasets.load_binarized])
 def test_mnist_by_name_without_a_network_is_an_error(tmp_path, load):
     one_line(load, "mnist", tmp_path, match="no network.*--data_dir",
@@ -167,7 +195,28 @@ def test_a_download_that_breaks_off_leaves_nothing(tiny_mnist, monkeypatch):
     monkeypatch.setattr(torchvision.datasets, "MNIST", download_as_torchvision(arrays, True))
     with pytest.raises(KeyboardInterrupt):
         datasets.load("mnist", folder / "new")
-    assert files_below(folder / "new") == set()
+    assert not (folder / "new").exists()
+
+
+def test_a_download_is_put_into_place_within_one_file_system(tiny_mnist, monkeypatch):
+    """data/ can be on another disk than the folder for temporary files."""
+    folder, arrays = tiny_mnist
+    replace = os.replace
+
+    def replace_in_folder(source, target):
+        if Path(source).parent != Path(target).parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", replace_in_folder)
+    monkeypatch.setattr(torchvision.datasets, "MNIST", download_as_torchvision(arrays, False))
+    datasets.load("mnist", folder / "new")
+    assert files_below(folder / "new") == set(arrays)
+
+
+def test_without_a_network_no_empty_folder_is_left(tmp_path):
+    one_line(datasets.load, "mnist", tmp_path / "new", match="no network",
+             error=datasets.UnavailableError)
+    assert not (tmp_path / "new").exists()
 
 
 # ---------------------------------------------------------------------------------------- glyphs
