@@ -12,7 +12,6 @@ al. (2018) for the gradient penalty; Yazici et al. (2019) for averaging the gene
 import argparse
 import copy
 import csv
-import itertools
 import json
 import math
 import os
@@ -26,8 +25,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from matplotlib.figure import Figure  # not pyplot, which looks for a display
-from scipy.optimize import linear_sum_assignment
 from torchvision.utils import save_image
 from tqdm import tqdm
 
@@ -36,6 +33,7 @@ from datasets import DATA_DIR, DataError, load
 BATCH_NORM_EPOCHS = 3  # then batch norm is frozen, and the generator trained as it is evaluated
 R1_GAMMA = 10.0  # weight of the gradient penalty, without which the discriminator memorises
 R1_EVERY = 16  # the penalty is computed on every 16th batch only
+IMAGE_SHAPES = (784,), (28, 28), (1, 28, 28)  # of an image in a file that --score reads
 FID_EVERY = 10  # epochs between measurements of the Fréchet distance, besides the first and last
 FIGURES = Path(__file__).resolve().parents[1] / "report" / "figures"
 FORMAT = "a3_gan 5"  # of checkpoints; files of another script or version are rejected
@@ -67,6 +65,11 @@ class Generator(nn.Module):
     def forward(self, z):
         """z [B, latent_dim] -> images [B, 1, 28, 28] in [-1, 1]."""
         return self.net(z)
+
+    def sample(self, n_samples):
+        """Images of noise z ~ N(0, I): pixels, uint8 [n_samples, 784]. For use in eval mode."""
+        z = torch.randn(n_samples, self.latent_dim)  # on the CPU: the same noise on every device
+        return generate(self, z)
 
 
 class Discriminator(nn.Module):
@@ -147,11 +150,13 @@ def update_average(averaged, model, n_updates):
 
 
 def train(dataloader, discriminator, generator, optimizer_G, optimizer_D, schedules=(),
-          averaged=None, save_interval=0, out_dir=None):
+          averaged=None, n_updates=0, save_interval=0, out_dir=None):
     """One epoch: for each batch an update of the discriminator, then one of the generator.
 
     dataloader: any iterable of batches of images [B, 1, 28, 28] in [-1, 1], with or without labels.
+    n_updates: those before this epoch, by which `averaged` weighs the updates of this one.
     Returns the mean losses of the discriminator, without the penalty, and of the generator, nats.
+    Raises ValueError if the first batch is not in [-1, 1].
     """
     device = next(generator.parameters()).device
     total_D, total_G, n_images = 0, 0, 0
@@ -159,6 +164,9 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D, schedu
     for step, batch in enumerate(bar, start=1):
         images = batch[0] if isinstance(batch, (list, tuple)) else batch
         images = images.to(device)
+        if step == 1 and images.abs().max() > 1:
+            raise ValueError("pixels must be in [-1, 1], as the generator's are; "
+                             f"these are from {images.min()} to {images.max()}")
         z = torch.randn(len(images), generator.latent_dim, device=device)
         fake = generator(z)
 
@@ -181,10 +189,10 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D, schedu
         loss_G.backward()
         optimizer_G.step()
 
+        n_updates += 1
         for schedule in schedules:
             schedule.step()
         if averaged is not None:
-            n_updates = schedules[0].last_epoch  # it is stepped once per batch
             update_average(averaged, generator, n_updates)
             if save_interval and n_updates % save_interval == 0:
                 save_samples(averaged, out_dir / f"batch_{n_updates:07d}.png")
@@ -271,9 +279,9 @@ def sets_of_fakes(real, fake):
     return fake.chunk(max(1, len(fake) // len(real)))
 
 
-def mean_frechet_distance(real, fake):
-    """Mean Fréchet distance of the sets of fake features to the real features, [N, 84] each."""
-    return float(np.mean([frechet_distance(real, part) for part in sets_of_fakes(real, fake)]))
+def frechet_distances(real, fake):
+    """The Fréchet distance of each set of fake features to the real features, [N, 84] each."""
+    return np.array([frechet_distance(real, part) for part in sets_of_fakes(real, fake)])
 
 
 def mean_coverage(real, fake):
@@ -294,13 +302,16 @@ def nearest_distance(pixels, train_pixels):
 def score(pixels, classifier, train_images, test_images):
     """Compare samples, uint8 [N, 784], with the test images and 2000 with the training images.
 
-    Fréchet distance and coverage are means over sets of samples as large as the test set.
+    Fréchet distance and coverage are means over sets of samples as large as the test set; fid_std
+    is the distance's standard deviation over the sets, None if there is one.
     """
     fake, probabilities = classify(classifier, pixels)
     real, _ = classify(classifier, test_images)
     digits = probabilities.argmax(1)
+    distances = frechet_distances(real, fake)
     return {
-        "fid": mean_frechet_distance(real, fake),
+        "fid": distances.mean().item(),
+        "fid_std": distances.std(ddof=1).item() if len(distances) > 1 else None,
         "coverage": mean_coverage(real, fake),
         "confident_share": (probabilities.amax(1) > 0.9).double().mean().item(),
         "nearest_train_distance": nearest_distance(pixels[:2000], train_images).median().item(),
@@ -310,7 +321,8 @@ def score(pixels, classifier, train_images, test_images):
 
 def slerp(start, end, n=9):
     """n points [n, d] from start to end on a sphere, at equal angles (Shoemake 1985)."""
-    angle = torch.acos(F.cosine_similarity(start, end, dim=0))
+    cosine = F.cosine_similarity(start, end, dim=0).clamp(-1, 1)
+    angle = torch.acos(cosine).clamp(min=1e-4)  # not 0 / 0 if start and end are the same
     weight = torch.sin(torch.linspace(0, 1, n) * angle) / torch.sin(angle)
     weight = weight.unsqueeze(1)  # [n, 1], from 0 to 1
     return weight.flip(0) * start + weight * end
@@ -318,7 +330,11 @@ def slerp(start, end, n=9):
 
 # --------------------------------------------------------------------------------------- figures
 def save_curves(rows, filename, fid_floor):
-    """Losses of each epoch, with their values at equilibrium, and the Fréchet distance."""
+    """Losses of each epoch, with their values at equilibrium, and the Fréchet distance.
+
+    The distance is to the validation images; fid_floor is that of the test images.
+    """
+    from matplotlib.figure import Figure  # not pyplot, which looks for a display
     figure = Figure(figsize=(6, 2.4), layout="constrained")
     left, right = figure.subplots(1, 2)
 
@@ -336,7 +352,7 @@ def save_curves(rows, filename, fid_floor):
     fids = [row["val_fid"] for row in measured]
     epochs = [row["epoch"] for row in measured]
     right.plot(epochs, fids, ".-", label=f"samples (best {min(fids):.2f})")
-    label = f"training images ({fid_floor:.2f})"
+    label = f"test images ({fid_floor:.2f})"
     right.axhline(fid_floor, color="black", linestyle=":", label=label)
     right.set(xlabel="epoch", ylabel="Fréchet distance", ylim=(0, 2.5 * max(fid_floor, min(fids))))
     right.legend()
@@ -357,27 +373,22 @@ def save_samples(generator, filename):
 
 
 def save_interpolation(generator, classifier, filename):
-    """Nine images on the most even of the 45 paths between the digits (question 2.7).
+    """Nine images from the surest of 1000 samples to the surest of another digit (question 2.7).
 
-    Returns what is at its ends.
+    The path is spherical, since noise z ~ N(0, I) lies near a sphere, of radius sqrt(latent_dim).
+    Returns the digits at its ends.
     """
     z = noise(1000, generator.latent_dim, seed=2)
     _, probabilities = classify(classifier, generate(generator, z))  # [1000, 10]
-    probabilities = probabilities.numpy()
-    samples, digits = linear_sum_assignment(probabilities, maximize=True)  # one of each digit
-    best = None
-    for i, j in itertools.combinations(range(10), 2):
-        path = generate(generator, slerp(z[samples[i]], z[samples[j]]))  # [9, 784]
-        steps = path.float().diff(dim=0).norm(dim=1)                     # [8]
-        unevenness = steps.amax() / steps.mean()
-        if best is None or unevenness < best[0]:
-            best = unevenness, i, j, path
-    _, i, j, path = best
+    confidence, digits = probabilities.max(1)
+    start = confidence.argmax()
+    is_other = digits != digits[start]
+    end = (confidence * is_other).argmax()
+    path = generate(generator, slerp(z[start], z[end]))  # [9, 784]
     save_grid(path / 255, filename, nrow=9)
     return {
-        "path": "spherical",
-        "digits": [int(digits[i]), int(digits[j])],
-        "probabilities": [float(probabilities[samples[k], digits[k]]) for k in (i, j)],
+        "digits": [digits[start].item(), digits[end].item()],
+        "probabilities": [confidence[start].item(), confidence[end].item()],
     }
 
 
@@ -392,11 +403,21 @@ def run_dir(args):
     return FIGURES / name
 
 
+def first_line(error):
+    return str(error).partition("\n")[0]
+
+
 def save(content, path):
     """torch.save by way of a temporary file: an interruption leaves the old file intact."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
+        reason = first_line(error)
+        raise OSError(f"{path} cannot be written ({reason}): is the disk full?") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path):
@@ -464,12 +485,24 @@ def processor_name(device):
 
 
 # ------------------------------------------------------------------------------------------ main
+def usable_device():
+    """cuda or mps, if there is such a GPU and torch can use it, otherwise cpu."""
+    for device, backend in [("cuda", torch.cuda), ("mps", torch.backends.mps)]:
+        if backend.is_available():
+            try:
+                torch.zeros(1, device=device).item()
+                return device
+            except Exception as error:  # torch raises exceptions of many types
+                print(f"{device} cannot be used, so the CPU is: {first_line(error)}",
+                      file=sys.stderr)
+    return "cpu"
+
+
+def user_path(text):
+    return Path(text).expanduser()
+
+
 def parse_args(argv=None):
-    device = "cpu"
-    if torch.cuda.is_available():
-        device = "cuda"
-    elif torch.backends.mps.is_available():
-        device = "mps"
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -487,16 +520,16 @@ def parse_args(argv=None):
                             "it (default: %(default)s)")
     group.add_argument("--seed", type=int, default=42,
                        help="seed of weights, image order and noise (default: %(default)s)")
-    group.add_argument("--device", default=device,
-                       help="cpu, cuda or mps (default: %(default)s)")
+    group.add_argument("--device",
+                       help="cpu, cuda or mps (default: a GPU if there is one, otherwise cpu)")
 
     group = parser.add_argument_group("data and output")
     group.add_argument("--dataset", choices=["auto", "mnist", "glyphs"], default="auto",
                        help="auto: MNIST or, if that is not available, glyphs (digits drawn in "
                             "fonts) (default: %(default)s)")
-    group.add_argument("--data_dir", type=Path, default=DATA_DIR,
+    group.add_argument("--data_dir", type=user_path, default=DATA_DIR,
                        help="folder of the data (default: %(default)s)")
-    group.add_argument("--out_dir", type=Path,
+    group.add_argument("--out_dir", type=user_path,
                        help="folder of the run (default: report/figures/gan)")
     group.add_argument("--save_interval", type=int, default=0,
                        help="draw samples every so many batches (default: never)")
@@ -508,20 +541,23 @@ def parse_args(argv=None):
                        help="continue the run in its folder, with its own settings")
     group.add_argument("--sample", type=int, metavar="N",
                        help="write N samples of the trained model to samples.npz and samples.png")
-    group.add_argument("--score", type=Path, metavar="FILE",
+    group.add_argument("--score", type=user_path, metavar="FILE",
                        help="compare the images in an .npz file with the test images")
 
     args = parser.parse_args(argv)
+    args.flags = [name for name, value in vars(args).items() if value != parser.get_default(name)]
     lowest = {"latent_dim": 2, "epochs": 1, "batch_size": 2, "lr": 1e-9, "seed": 0, "sample": 1}
     for name, low in lowest.items():
         value = getattr(args, name)
         if value is not None and not low <= value < 2 ** 31:
             parser.error(f"--{name} must be between {low} and {2 ** 31 - 1}")
+    if args.device is None:
+        args.device = usable_device()
     try:
         torch.zeros(1, device=args.device).item()
     except Exception as error:  # torch raises exceptions of many types
-        reason = str(error).splitlines()[0]
-        parser.error(f"--device {args.device} cannot be used: {reason}")
+        parser.error(f"--device {args.device} cannot be used ({first_line(error)}): "
+                     "try --device cpu")
     return args
 
 
@@ -529,34 +565,55 @@ def write_samples(args):
     """--sample: N samples, uint8 [N, 28, 28], in samples.npz, and the first 100 in samples.png."""
     out_dir = run_dir(args)
     generator = load_model(out_dir / "weights.pt", args.device)
-    samples = generate(generator, noise(args.sample, generator.latent_dim, args.seed))
+    torch.manual_seed(args.seed)
+    samples = generator.sample(args.sample)
     np.savez_compressed(out_dir / "samples.npz", samples=samples.view(-1, 28, 28))
     save_grid(samples[:100] / 255, out_dir / "samples.png", nrow=10)
     print(f"{args.sample} samples are in {out_dir}")
 
 
-def write_scores(args):
-    """--score: compare the images in a file, and as many training images, with the test images."""
-    samples = {}
+def read_images(path):
+    """The images in an .npz file, {name: uint8 [N, 784]}. Raises OSError if there are none."""
+    if not path.exists():
+        raise OSError(f"{path} does not exist")
     try:
-        for name, images in np.load(args.score).items():
-            samples[name] = torch.from_numpy(images).view(-1, 784)
-    except Exception:  # numpy and torch raise exceptions of many types
-        samples = {}
-    unusable = [x for x in samples.values() if len(x) < 100 or x.dtype != torch.uint8]
-    if unusable or not samples:
-        raise OSError(f"{args.score} is not an .npz file of at least 100 images, "
-                      "uint8 [N, 28, 28]")
+        with np.load(path) as file:
+            arrays = dict(file)
+    except Exception as error:  # numpy raises exceptions of many types
+        raise OSError(f"{path} is not an .npz file ({first_line(error)})") from None
+    images, others = {}, []
+    for name, array in arrays.items():
+        is_images = array.dtype == np.uint8 and array.shape[1:] in IMAGE_SHAPES
+        if is_images and len(array) >= 100:
+            images[name] = torch.from_numpy(array.reshape(-1, 784))
+        else:
+            others.append(f"{name}: {array.dtype} {list(array.shape)}")
+    if not images:
+        raise OSError(f"{path} has no array of at least 100 images, uint8 [N, 28, 28], but "
+                      + (", ".join(others) or "nothing"))
+    for description in others:
+        print(f"not images, and not scored: {description}", file=sys.stderr)
+    for name, pixels in images.items():
+        if pixels.max() <= 1:
+            print(f"warning: no pixel of {name} is above 1, and white is 255", file=sys.stderr)
+    return images
+
+
+def write_scores(args):
+    """--score: compare the images in a file, and the validation images, with the test images.
+
+    The classifier has seen neither the validation nor the test images.
+    """
+    samples = read_images(args.score)
     data = load(args.dataset, args.data_dir)
-    n = max(len(pixels) for pixels in samples.values())
-    samples["training images"] = data.train.images[:n]
-    others = data.train.images[2000:]  # none is its own nearest one
+    samples["validation images"] = data.val.images
     classifier = train_classifier(*data.train)
     scores = {}
     for name, pixels in samples.items():
-        scores[name] = score(pixels, classifier, others, data.test.images)
-        values = [f"{key} {np.round(value, 3)}" for key, value in scores[name].items()]
-        print(f"{name}: " + "  ".join(values))
+        scores[name] = score(pixels, classifier, data.train.images, data.test.images)
+        for key, value in scores[name].items():
+            if value is not None:
+                print(f"{name}: {key} {np.round(value, 3)}")
     args.score.with_name("scores.json").write_text(json.dumps(scores, indent=2) + "\n")
 
 
@@ -565,7 +622,12 @@ def main(args):
     if args.resume:
         args.out_dir = run_dir(args)
         checkpoint = load_checkpoint(args.out_dir / "checkpoint.pt")
-        vars(args).update(checkpoint["settings"])  # those of the run, not the flags of today
+        settings = checkpoint["settings"]
+        for name in SETTINGS:
+            if name in args.flags and getattr(args, name) != settings[name]:
+                print(f"--{name} is ignored: the run continues with its own, {settings[name]}",
+                      file=sys.stderr)
+        vars(args).update(settings)
 
     # Data
     data = load(args.dataset, args.data_dir)
@@ -628,7 +690,6 @@ def main(args):
     # The yardstick: Fréchet distances are between features of a classifier, which is trained now
     classifier = train_classifier(*train_set)
     real, _ = classify(classifier, val_set.images)
-    val_floor = mean_frechet_distance(real, classify(classifier, train_set.images)[0])
     z = noise(len(train_set.images), args.latent_dim, seed=0)
 
     # Epochs
@@ -641,7 +702,8 @@ def main(args):
         generator.train(epoch <= BATCH_NORM_EPOCHS)
         loss_D, loss_G = train(
             dataloader, discriminator, generator, optimizer_G, optimizer_D,
-            (schedule_G, schedule_D), averaged, args.save_interval, out_dir)
+            (schedule_G, schedule_D), averaged, (epoch - 1) * n_batches, args.save_interval,
+            out_dir)
         weights_sum = sum(p.sum().item() for p in averaged.parameters())
         if not math.isfinite(loss_D + loss_G + weights_sum):
             raise FloatingPointError(f"the loss in epoch {epoch} is not finite: "
@@ -649,7 +711,7 @@ def main(args):
         val_fid = math.nan
         if epoch in (1, args.epochs) or epoch % FID_EVERY == 0:
             fake, _ = classify(classifier, generate(averaged, z))
-            val_fid = mean_frechet_distance(real, fake)
+            val_fid = frechet_distances(real, fake).mean().item()
         seconds = time.time() - start
         rows.append({
             "epoch": epoch,
@@ -672,7 +734,7 @@ def main(args):
         content.update(format=FORMAT, latent_dim=args.latent_dim, best=best, rows=rows,
                        settings=settings)
         save(content, out_dir / "checkpoint.pt")
-        print("  ".join(f"{name} {value:<8.5g}" for name, value in rows[-1].items()), flush=True)
+        print("  ".join(f"{name} {value:<8.5g}" for name, value in rows[-1].items()))
 
     # Test
     weights = {"format": FORMAT, "latent_dim": args.latent_dim, "best": best}
@@ -681,11 +743,10 @@ def main(args):
     save(averaged.state_dict(), out_dir / "mnist_generator.pt")  # as the template does
     samples = generate(averaged, noise(4 * len(train_set.images), args.latent_dim, seed=1))
     scores = score(samples, classifier, train_set.images, test_set.images)
-    real, probabilities = classify(classifier, test_set.images)
-    train_features, _ = classify(classifier, train_set.images)
+    reference = score(val_set.images, classifier, train_set.images, test_set.images)
+    _, probabilities = classify(classifier, test_set.images)
     accuracy = (probabilities.argmax(1) == test_set.labels).double().mean().item()
-    distance_of_test = nearest_distance(test_set.images[::5], train_set.images).median().item()
-    save_curves(rows, out_dir / "losses.pdf", val_floor)
+    save_curves(rows, out_dir / "losses.pdf", reference["fid"])
     save_samples(averaged, out_dir / "samples_end.png")
     interpolation = save_interpolation(averaged, classifier, out_dir / "interpolation.png")
     save(weights, out_dir / "weights.pt")
@@ -707,18 +768,23 @@ def main(args):
         classifier_test_accuracy=accuracy,
         best_epoch=best_epoch,
         val_fid=measured[best_epoch],
-        val_fid_floor=val_floor,
         **scores,
-        fid_floor=mean_frechet_distance(real, train_features),
-        coverage_of_training_images=mean_coverage(real, train_features),
-        nearest_train_distance_of_test=distance_of_test,
+        fid_floor=reference["fid"],
+        reference=reference,  # validation images, measured like the samples
         interpolation=interpolation)
     (out_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"test: Fréchet distance {scores['fid']:.2f} "
-          f"(training images: {results['fid_floor']:.2f})")
+          f"(validation images: {results['fid_floor']:.2f})")
 
 
 if __name__ == "__main__":
+    # A redirected run shows each line at once, and no console fails to print it.
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    # The user's own settings of matplotlib neither stop a run nor change its figures.
+    os.environ["MPLBACKEND"] = "agg"
+    import matplotlib
+    matplotlib.rcdefaults()
+    matplotlib.rcParams["pdf.fonttype"] = 42  # TrueType, since many publishers refuse Type 3
     arguments = parse_args()
     try:
         if arguments.score:
@@ -729,10 +795,16 @@ if __name__ == "__main__":
             main(arguments)
     except KeyboardInterrupt:
         message = "interrupted"
-        folder = run_dir(arguments)
-        if (folder / "checkpoint.pt").exists() and not (arguments.sample or arguments.score):
-            message += f': the run continues with --resume --out_dir "{folder}"'
+        out_dir = run_dir(arguments)
+        if (out_dir / "checkpoint.pt").exists() and not (arguments.sample or arguments.score):
+            message += f': the run continues with --resume --out_dir "{out_dir}"'
         print(message, file=sys.stderr)
         sys.exit(130)
+    except torch.cuda.OutOfMemoryError:
+        sys.exit(f"{Path(__file__).name}: error: the GPU is out of memory: "
+                 "use a smaller --batch_size, or --device cpu")
     except (DataError, FloatingPointError, OSError) as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}")
+        message = str(error)
+        if isinstance(error, OSError) and error.errno and not error.filename:  # the disk is full
+            message += f", in {run_dir(arguments)}"
+        sys.exit(f"{Path(__file__).name}: error: {message}")

@@ -30,7 +30,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from matplotlib.figure import Figure  # not pyplot, which looks for a display
 from torchvision.utils import save_image
 from tqdm import tqdm
 
@@ -41,7 +40,7 @@ MAX_GRAD_NORM = 1  # gradient clipping: only rare outliers exceed it
 AUTOREGRESSIVE_LR = 0.5  # learning rate of the autoregressive layer, relative to the couplings'
 INPUT_DROPOUT = 0.1  # of the coarsest pixels: makes the others robust to errors in sampled ones
 COMMON_LEVELS = 0, 252, 253, 254, 255  # grey levels of 88% of MNIST's pixels
-STANDARD_WEIGHT = 1e-4  # of the standard logistic that is a component of every mixture
+STANDARD_WEIGHT = 1e-5  # of the standard logistic that is a component of every mixture
 IW_SAMPLES = 8  # draws of the dequantization noise per test image in the tighter bound
 TARGET_BPD = 1.85  # question 3.8
 FIGURES = Path(__file__).resolve().parents[1] / "report" / "figures"
@@ -423,7 +422,7 @@ class AutoregressiveLayer(nn.Module):
 class MultiscaleFlow(nn.Module):
     """The layers drawn above, for images of 28 x 28 pixels."""
 
-    def __init__(self, logit, n_hidden=32, n_hidden_coarse=48, n_context=160, n_mixtures=6):
+    def __init__(self, logit, n_hidden=48, n_hidden_coarse=32, n_context=96, n_mixtures=6):
         super().__init__()
         self.z_shape = (784,)
         mixture = Mixture(n_mixtures, logit)
@@ -473,7 +472,13 @@ class Model(nn.Module):
             self.flow = MultiscaleFlow(self.logit, n_mixtures=n_mixtures)
 
     def dequantize(self, x):
-        """x + u with u uniform in [0, 1), so that E log p(x + u) <= log P(x) (question 3.4)."""
+        """x + u with u uniform in [0, 1), so that E log p(x + u) <= log P(x) (question 3.4).
+
+        Raises ValueError if x does not hold integers from 0 to 255.
+        """
+        if x.dtype != torch.uint8 and not ((x >= 0) & (x <= 255) & (x == x.round())).all():
+            raise ValueError("pixels must be integers from 0 to 255; "
+                             f"these are {x.dtype} from {x.min()} to {x.max()}")
         x = x.to(self.logit.p)  # its device and dtype
         u = torch.rand_like(x).clamp(max=1 - 2 ** -16)  # so that x + u is not rounded to x + 1
         return x + u
@@ -512,11 +517,12 @@ def update_average(averaged, model, n_updates):
         average.lerp_(current, 1 - decay)
 
 
-def epoch_iter(model, data, optimizer, schedule=None, averaged=None):
+def epoch_iter(model, data, optimizer, schedule=None, averaged=None, n_updates=0):
     """One pass over `data`, with updates if the model is in training mode.
 
     data: an iterable of batches of images, [B, 784] or [B, 1, 28, 28], integers 0..255, with or
-    without labels. Returns the average bits per dimension.
+    without labels. n_updates: those before this pass, by which `averaged` weighs the new ones.
+    Returns the average bits per dimension.
     """
     device = next(model.parameters()).device
     total, n_images = 0, 0
@@ -531,9 +537,11 @@ def epoch_iter(model, data, optimizer, schedule=None, averaged=None):
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
                 optimizer.step()
-                if schedule:
+                n_updates += 1
+                if schedule is not None:
                     schedule.step()
-                    update_average(averaged, model, n_updates=schedule.last_epoch)
+                if averaged is not None:
+                    update_average(averaged, model, n_updates)
             total += loss.detach() * len(x)
             n_images += len(x)
             if step % 100 == 0:  # not more often: .item() makes the CPU wait for the GPU
@@ -541,13 +549,13 @@ def epoch_iter(model, data, optimizer, schedule=None, averaged=None):
     return float(total) / n_images
 
 
-def run_epoch(model, data, optimizer, schedule=None, averaged=None):
+def run_epoch(model, data, optimizer, schedule=None, averaged=None, n_updates=0):
     """Train on data[0], then evaluate data[1] with the averaged weights, if there are any.
 
     Returns both averages.
     """
     model.train()
-    train_bpd = epoch_iter(model, data[0], optimizer, schedule, averaged)
+    train_bpd = epoch_iter(model, data[0], optimizer, schedule, averaged, n_updates)
     model.eval()
     val_bpd = epoch_iter(model if averaged is None else averaged, data[1], optimizer)
     return train_bpd, val_bpd
@@ -574,6 +582,7 @@ def evaluate(model, x, k):
 # --------------------------------------------------------------------------------------- figures
 def save_bpd_plot(train_curve, val_curve, filename):
     """Bits per dimension of each epoch, with the hand-out's target of 1.85, and enlarged."""
+    from matplotlib.figure import Figure  # not pyplot, which looks for a display
     figure = Figure(figsize=(6, 2.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = range(1, len(train_curve) + 1)
@@ -611,11 +620,21 @@ def run_dir(args):
     return FIGURES / name
 
 
+def first_line(error):
+    return str(error).partition("\n")[0]
+
+
 def save(content, path):
     """torch.save by way of a temporary file: an interruption leaves the old file intact."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
+        reason = first_line(error)
+        raise OSError(f"{path} cannot be written ({reason}): is the disk full?") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path):
@@ -693,12 +712,24 @@ def processor_name(device):
 
 
 # ------------------------------------------------------------------------------------------ main
+def usable_device():
+    """cuda or mps, if there is such a GPU and torch can use it, otherwise cpu."""
+    for device, backend in [("cuda", torch.cuda), ("mps", torch.backends.mps)]:
+        if backend.is_available():
+            try:
+                torch.zeros(1, device=device).item()
+                return device
+            except Exception as error:  # torch raises exceptions of many types
+                print(f"{device} cannot be used, so the CPU is: {first_line(error)}",
+                      file=sys.stderr)
+    return "cpu"
+
+
+def user_path(text):
+    return Path(text).expanduser()
+
+
 def parse_args(argv=None):
-    device = "cpu"
-    if torch.cuda.is_available():
-        device = "cuda"
-    elif torch.backends.mps.is_available():
-        device = "mps"
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -707,7 +738,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("model and training")
     group.add_argument("--n_mixtures", type=int, default=6,
                        help="logistics per mixture; 0: RealNVP (default: %(default)s)")
-    group.add_argument("--epochs", "--n_epochs", type=int, default=40,
+    group.add_argument("--epochs", "--n_epochs", type=int, default=24,
                        help="passes over the training images (default: %(default)s)")
     group.add_argument("--batch_size", type=int, default=32,
                        help="images per update (default: %(default)s)")
@@ -715,16 +746,16 @@ def parse_args(argv=None):
                        help="peak learning rate of the one-cycle schedule (default: %(default)s)")
     group.add_argument("--seed", type=int, default=42,
                        help="seed of weights, image order and noise (default: %(default)s)")
-    group.add_argument("--device", default=device,
-                       help="cpu, cuda or mps (default: %(default)s)")
+    group.add_argument("--device",
+                       help="cpu, cuda or mps (default: a GPU if there is one, otherwise cpu)")
 
     group = parser.add_argument_group("data and output")
     group.add_argument("--dataset", choices=["auto", "mnist", "glyphs"], default="auto",
                        help="auto: MNIST or, if that is not available, glyphs (digits drawn in "
                             "fonts) (default: %(default)s)")
-    group.add_argument("--data_dir", type=Path, default=DATA_DIR,
+    group.add_argument("--data_dir", type=user_path, default=DATA_DIR,
                        help="folder of the data (default: %(default)s)")
-    group.add_argument("--out_dir", type=Path,
+    group.add_argument("--out_dir", type=user_path,
                        help="folder of the run (default: report/figures/nf, or nf_affine)")
 
     group = parser.add_argument_group("instead of a full new run").add_mutually_exclusive_group()
@@ -736,16 +767,19 @@ def parse_args(argv=None):
                        help="write N samples of the trained model to samples.npz and samples.png")
 
     args = parser.parse_args(argv)
+    args.flags = [name for name, value in vars(args).items() if value != parser.get_default(name)]
     lowest = {"n_mixtures": 0, "epochs": 1, "batch_size": 1, "lr": 1e-9, "seed": 0, "sample": 1}
     for name, low in lowest.items():
         value = getattr(args, name)
         if value is not None and not low <= value < 2 ** 31:
             parser.error(f"--{name} must be between {low} and {2 ** 31 - 1}")
+    if args.device is None:
+        args.device = usable_device()
     try:
         torch.zeros(1, device=args.device).item()
     except Exception as error:  # torch raises exceptions of many types
-        reason = str(error).splitlines()[0]
-        parser.error(f"--device {args.device} cannot be used: {reason}")
+        parser.error(f"--device {args.device} cannot be used ({first_line(error)}): "
+                     "try --device cpu")
     return args
 
 
@@ -765,7 +799,12 @@ def main(args):
     if args.resume:
         args.out_dir = run_dir(args)
         checkpoint = load_checkpoint(args.out_dir / "checkpoint.pt")
-        vars(args).update(checkpoint["settings"])  # those of the run, not the flags of today
+        settings = checkpoint["settings"]
+        for name in SETTINGS:
+            if name in args.flags and getattr(args, name) != settings[name]:
+                print(f"--{name} is ignored: the run continues with its own, {settings[name]}",
+                      file=sys.stderr)
+        vars(args).update(settings)
 
     # Data
     data = load(args.dataset, args.data_dir)
@@ -825,7 +864,8 @@ def main(args):
         learning_rate = schedule.get_last_lr()[0]  # of the epoch's first update
         batches = train[torch.randperm(len(train))].split(args.batch_size)
         data_of_epoch = batches, val.split(500)
-        train_bpd, val_bpd = run_epoch(model, data_of_epoch, optimizer, schedule, averaged)
+        train_bpd, val_bpd = run_epoch(
+            model, data_of_epoch, optimizer, schedule, averaged, (epoch - 1) * len(batches))
         if not math.isfinite(train_bpd + val_bpd):
             raise FloatingPointError(f"the loss in epoch {epoch} is not finite: "
                                      "start again with a smaller --lr")
@@ -850,7 +890,7 @@ def main(args):
         content.update(format=FORMAT, n_mixtures=args.n_mixtures, best=best, rows=rows,
                        settings=settings)
         save(content, out_dir / "checkpoint.pt")
-        print("  ".join(f"{name} {value:<8.5g}" for name, value in rows[-1].items()), flush=True)
+        print("  ".join(f"{name} {value:<8.5g}" for name, value in rows[-1].items()))
 
     # Test
     weights = {"format": FORMAT, "n_mixtures": args.n_mixtures, "best": best}
@@ -884,6 +924,13 @@ def main(args):
 
 
 if __name__ == "__main__":
+    # A redirected run shows each line at once, and no console fails to print it.
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    # The user's own settings of matplotlib neither stop a run nor change its figures.
+    os.environ["MPLBACKEND"] = "agg"
+    import matplotlib
+    matplotlib.rcdefaults()
+    matplotlib.rcParams["pdf.fonttype"] = 42  # TrueType, since many publishers refuse Type 3
     arguments = parse_args()
     try:
         if arguments.sample:
@@ -892,10 +939,16 @@ if __name__ == "__main__":
             main(arguments)
     except KeyboardInterrupt:
         message = "interrupted"
-        folder = run_dir(arguments)
-        if (folder / "checkpoint.pt").exists() and not arguments.sample:
-            message += f': the run continues with --resume --out_dir "{folder}"'
+        out_dir = run_dir(arguments)
+        if (out_dir / "checkpoint.pt").exists() and not arguments.sample:
+            message += f': the run continues with --resume --out_dir "{out_dir}"'
         print(message, file=sys.stderr)
         sys.exit(130)
+    except torch.cuda.OutOfMemoryError:
+        sys.exit(f"{Path(__file__).name}: error: the GPU is out of memory: "
+                 "use a smaller --batch_size, or --device cpu")
     except (DataError, FloatingPointError, OSError) as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}")
+        message = str(error)
+        if isinstance(error, OSError) and error.errno and not error.filename:  # the disk is full
+            message += f", in {run_dir(arguments)}"
+        sys.exit(f"{Path(__file__).name}: error: {message}")

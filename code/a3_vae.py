@@ -24,7 +24,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from matplotlib.figure import Figure  # not pyplot, which looks for a display
 from torchvision.utils import save_image
 from tqdm import tqdm
 
@@ -122,6 +121,7 @@ class VAE(nn.Module):
 
     def forward(self, x):
         """x [B, 784] in {0, 1} -> average negative ELBO, a scalar: equation 12 with one z."""
+        check_binary(x)
         mean, std = self.encoder(x)
         z = mean + std * torch.randn_like(std)  # the reparametrization trick, question 1.11
         reconstruction = log_p_x_given_z(x, self.decoder.logits(z))  # [B]
@@ -143,6 +143,12 @@ class VAE(nn.Module):
         means = torch.cat([self.decoder(batch.to(device)) for batch in z.split(1000)])
         uniform = torch.rand(means.shape).to(device)
         return (uniform < means).float(), means
+
+
+def check_binary(x):
+    """Raise ValueError if a pixel is neither 0 nor 1: a Bernoulli likelihood is for no others."""
+    if not ((x == 0) | (x == 1)).all():
+        raise ValueError(f"pixels must be 0 or 1; these are {x.dtype} from {x.min()} to {x.max()}")
 
 
 def log_p_x_given_z(x, logits):
@@ -183,11 +189,12 @@ def update_average(averaged, model, n_updates):
         average.lerp_(current, 1 - decay)
 
 
-def epoch_iter(model, data, optimizer, schedule=None, averaged=None):
+def epoch_iter(model, data, optimizer, schedule=None, averaged=None, n_updates=0):
     """One pass over `data`, with updates if the model is in training mode.
 
     data: an iterable of batches of images, [B, 784] or [B, 1, 28, 28], in {0, 1}, with or without
-    labels. Returns the average ELBO.
+    labels. n_updates: those before this pass, by which `averaged` weighs the new ones.
+    Returns the average ELBO.
     """
     device = next(model.parameters()).device
     total, n_images = 0, 0
@@ -202,9 +209,11 @@ def epoch_iter(model, data, optimizer, schedule=None, averaged=None):
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
                 optimizer.step()
-                if schedule:
+                n_updates += 1
+                if schedule is not None:
                     schedule.step()
-                    update_average(averaged, model, n_updates=schedule.last_epoch)
+                if averaged is not None:
+                    update_average(averaged, model, n_updates)
             total += loss.detach() * len(x)
             n_images += len(x)
             if step % 100 == 0:  # not more often: .item() makes the CPU wait for the GPU
@@ -212,13 +221,13 @@ def epoch_iter(model, data, optimizer, schedule=None, averaged=None):
     return -float(total) / n_images
 
 
-def run_epoch(model, data, optimizer, schedule=None, averaged=None):
+def run_epoch(model, data, optimizer, schedule=None, averaged=None, n_updates=0):
     """Train on data[0], then evaluate data[1] with the averaged weights, if there are any.
 
     Returns both averages.
     """
     model.train()
-    train_elbo = epoch_iter(model, data[0], optimizer, schedule, averaged)
+    train_elbo = epoch_iter(model, data[0], optimizer, schedule, averaged, n_updates)
     model.eval()
     val_elbo = epoch_iter(model if averaged is None else averaged, data[1], optimizer)
     return train_elbo, val_elbo
@@ -231,6 +240,7 @@ def evaluate(model, x, k):
     The bound is E log(1/k sum_i w_i) with w_i = p(x|z_i) p(z_i) / q(z_i|x) and z_i ~ q(z|x)
     (Burda et al. 2016, equation 8). With k = 1 it is the ELBO; it grows with k, towards log p(x).
     """
+    check_binary(x)
     reconstruction, kl, log_px = 0, 0, 0
     for batch in tqdm(x.split(2), "test", leave=False, disable=None):  # few, but k samples for each
         batch = batch.float()
@@ -256,6 +266,7 @@ def evaluate(model, x, k):
 # --------------------------------------------------------------------------------------- figures
 def save_elbo_plot(train_curve, val_curve, filename, untrained_elbo=None):
     """Average ELBO of each epoch, nats per image (question 1.13), and its upper end enlarged."""
+    from matplotlib.figure import Figure  # not pyplot, which looks for a display
     figure = Figure(figsize=(6, 2.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = range(1, len(train_curve) + 1)
@@ -308,11 +319,21 @@ def run_dir(args):
     return FIGURES / name
 
 
+def first_line(error):
+    return str(error).partition("\n")[0]
+
+
 def save(content, path):
     """torch.save by way of a temporary file: an interruption leaves the old file intact."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
+        reason = first_line(error)
+        raise OSError(f"{path} cannot be written ({reason}): is the disk full?") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path):
@@ -380,12 +401,24 @@ def processor_name(device):
 
 
 # ------------------------------------------------------------------------------------------ main
+def usable_device():
+    """cuda or mps, if there is such a GPU and torch can use it, otherwise cpu."""
+    for device, backend in [("cuda", torch.cuda), ("mps", torch.backends.mps)]:
+        if backend.is_available():
+            try:
+                torch.zeros(1, device=device).item()
+                return device
+            except Exception as error:  # torch raises exceptions of many types
+                print(f"{device} cannot be used, so the CPU is: {first_line(error)}",
+                      file=sys.stderr)
+    return "cpu"
+
+
+def user_path(text):
+    return Path(text).expanduser()
+
+
 def parse_args(argv=None):
-    device = "cpu"
-    if torch.cuda.is_available():
-        device = "cuda"
-    elif torch.backends.mps.is_available():
-        device = "mps"
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -403,16 +436,16 @@ def parse_args(argv=None):
                             "if --zdim is at most 2)")
     group.add_argument("--seed", type=int, default=42,
                        help="seed of weights, image order and noise (default: %(default)s)")
-    group.add_argument("--device", default=device,
-                       help="cpu, cuda or mps (default: %(default)s)")
+    group.add_argument("--device",
+                       help="cpu, cuda or mps (default: a GPU if there is one, otherwise cpu)")
 
     group = parser.add_argument_group("data and output")
     group.add_argument("--dataset", choices=["auto", "mnist", "glyphs"], default="auto",
                        help="auto: MNIST or, if that is not available, glyphs (digits drawn in "
                             "fonts) (default: %(default)s)")
-    group.add_argument("--data_dir", type=Path, default=DATA_DIR,
+    group.add_argument("--data_dir", type=user_path, default=DATA_DIR,
                        help="folder of the data (default: %(default)s)")
-    group.add_argument("--out_dir", type=Path,
+    group.add_argument("--out_dir", type=user_path,
                        help="folder of the run (default: report/figures/vae_z<zdim>)")
 
     group = parser.add_argument_group("instead of a full new run").add_mutually_exclusive_group()
@@ -424,6 +457,7 @@ def parse_args(argv=None):
                        help="write N samples of the trained model to samples.npz and samples.png")
 
     args = parser.parse_args(argv)
+    args.flags = [name for name, value in vars(args).items() if value != parser.get_default(name)]
     if args.lr is None:  # with two dimensions q(z|x) is narrow, and large steps throw it back
         args.lr = 3e-3 if args.zdim > 2 else 1.5e-3
     lowest = {"zdim": 1, "epochs": 1, "batch_size": 1, "lr": 1e-9, "seed": 0, "sample": 1}
@@ -431,11 +465,13 @@ def parse_args(argv=None):
         value = getattr(args, name)
         if value is not None and not low <= value < 2 ** 31:
             parser.error(f"--{name} must be between {low} and {2 ** 31 - 1}")
+    if args.device is None:
+        args.device = usable_device()
     try:
         torch.zeros(1, device=args.device).item()
     except Exception as error:  # torch raises exceptions of many types
-        reason = str(error).splitlines()[0]
-        parser.error(f"--device {args.device} cannot be used: {reason}")
+        parser.error(f"--device {args.device} cannot be used ({first_line(error)}): "
+                     "try --device cpu")
     return args
 
 
@@ -457,7 +493,12 @@ def main(args):
     if args.resume:
         args.out_dir = run_dir(args)
         checkpoint = load_checkpoint(args.out_dir / "checkpoint.pt")
-        vars(args).update(checkpoint["settings"])  # those of the run, not the flags of today
+        settings = checkpoint["settings"]
+        for name in SETTINGS:
+            if name in args.flags and getattr(args, name) != settings[name]:
+                print(f"--{name} is ignored: the run continues with its own, {settings[name]}",
+                      file=sys.stderr)
+        vars(args).update(settings)
 
     # Data
     data = load_binarized(args.dataset, args.data_dir)
@@ -517,7 +558,8 @@ def main(args):
         images = shift_some(train, share)
         batches = images[torch.randperm(len(train))].split(args.batch_size)
         data_of_epoch = batches, val.split(1000)
-        train_elbo, val_elbo = run_epoch(model, data_of_epoch, optimizer, schedule, averaged)
+        train_elbo, val_elbo = run_epoch(
+            model, data_of_epoch, optimizer, schedule, averaged, (epoch - 1) * len(batches))
         if not math.isfinite(train_elbo + val_elbo):
             raise FloatingPointError(f"the loss in epoch {epoch} is not finite: "
                                      "start again with a smaller --lr")
@@ -542,7 +584,7 @@ def main(args):
         content.update(format=FORMAT, zdim=args.zdim, best=best, rows=rows,
                        settings=settings)
         save(content, out_dir / "checkpoint.pt")
-        print("  ".join(f"{name} {value:<8.5g}" for name, value in rows[-1].items()), flush=True)
+        print("  ".join(f"{name} {value:<8.5g}" for name, value in rows[-1].items()))
 
     # Test
     weights = {"format": FORMAT, "zdim": args.zdim, "best": best}
@@ -579,6 +621,13 @@ def main(args):
 
 
 if __name__ == "__main__":
+    # A redirected run shows each line at once, and no console fails to print it.
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    # The user's own settings of matplotlib neither stop a run nor change its figures.
+    os.environ["MPLBACKEND"] = "agg"
+    import matplotlib
+    matplotlib.rcdefaults()
+    matplotlib.rcParams["pdf.fonttype"] = 42  # TrueType, since many publishers refuse Type 3
     arguments = parse_args()
     try:
         if arguments.sample:
@@ -587,10 +636,16 @@ if __name__ == "__main__":
             main(arguments)
     except KeyboardInterrupt:
         message = "interrupted"
-        folder = run_dir(arguments)
-        if (folder / "checkpoint.pt").exists() and not arguments.sample:
-            message += f': the run continues with --resume --out_dir "{folder}"'
+        out_dir = run_dir(arguments)
+        if (out_dir / "checkpoint.pt").exists() and not arguments.sample:
+            message += f': the run continues with --resume --out_dir "{out_dir}"'
         print(message, file=sys.stderr)
         sys.exit(130)
+    except torch.cuda.OutOfMemoryError:
+        sys.exit(f"{Path(__file__).name}: error: the GPU is out of memory: "
+                 "use a smaller --batch_size, or --device cpu")
     except (DataError, FloatingPointError, OSError) as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}")
+        message = str(error)
+        if isinstance(error, OSError) and error.errno and not error.filename:  # the disk is full
+            message += f", in {run_dir(arguments)}"
+        sys.exit(f"{Path(__file__).name}: error: {message}")

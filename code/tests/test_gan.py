@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.spatial.distance import cdist
 
 import a3_gan
@@ -194,11 +195,10 @@ def test_averaged_generator_follows_its_formula():
     generator, discriminator = Generator(3), Discriminator()
     averaged = copy.deepcopy(generator).requires_grad_(False).eval()
     optimizer_G = torch.optim.Adam(generator.parameters(), 1e-2)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer_G, lambda n: 1)
     expected = copy.deepcopy(generator.state_dict())
     for n in range(1, 6):
-        train([random_images(4)], discriminator, generator, optimizer_G, frozen(), (schedule,),
-              averaged)
+        train([random_images(4)], discriminator, generator, optimizer_G, frozen(),
+              averaged=averaged, n_updates=n - 1)
         decay = (1 + n) / (10 + n)
         for key, value in generator.state_dict().items():
             expected[key] = decay * expected[key] + (1 - decay) * value
@@ -206,6 +206,20 @@ def test_averaged_generator_follows_its_formula():
         if actual.is_floating_point():
             assert torch.allclose(expected[key], actual, atol=1e-6), key
             assert not torch.allclose(generator.state_dict()[key], actual, atol=1e-4), key
+
+
+@pytest.mark.parametrize("images", [random_images(4) + 1, torch.full((4, 1, 28, 28), 255).byte()])
+def test_images_of_another_range_are_refused(images):
+    with pytest.raises(ValueError, match=r"must be in \[-1, 1\].*to (1\.9|255)"):
+        train([images], Discriminator(), Generator(3), frozen(), frozen())
+
+
+def test_samples_come_from_standard_normal_noise():
+    generator = Generator(3).eval()
+    torch.manual_seed(5)
+    samples = generator.sample(20)
+    assert samples.dtype == torch.uint8
+    assert torch.equal(samples, generate(generator, noise(20, 3, seed=5)))
 
 
 def test_it_learns():
@@ -339,6 +353,10 @@ def test_score_measures_samples_against_the_test_images(monkeypatch):
     assert scores["confident_share"] == pytest.approx(0.25)
     assert scores["fid"] == pytest.approx(3 * 20 ** 2, rel=0.15)  # three features differ by 20
 
+    assert 0 < scores["fid_std"] < 0.2 * scores["fid"]
+    one_set = score(samples[:420], None, train_images, test_images)
+    assert one_set["fid_std"] is None
+
     real = test_images[:, 1:4].float()
     sets = samples[:, 1:4].float().split(420)  # five sets, of about as many as there are real ones
     expected = np.mean([coverage(real, fake) for fake in sets])
@@ -357,7 +375,7 @@ def score_file(path, glyphs_dir, **arrays):
         "--dataset", "glyphs", "--data_dir", str(glyphs_dir), "--score", str(path)]))
 
 
-def test_a_file_of_samples_is_scored_beside_training_images(
+def test_a_file_of_samples_is_scored_beside_validation_images(
         glyphs_dir, tmp_path, monkeypatch, capsys):
     def sizes_as_score(pixels, classifier, train_images, test_images):
         sizes = [len(pixels), len(train_images), len(test_images)]
@@ -367,23 +385,59 @@ def test_a_file_of_samples_is_scored_beside_training_images(
     images = np.full((100, 28, 28), 7, np.uint8)
     score_file(tmp_path / "file.npz", glyphs_dir, samples=images, means=images.repeat(2, axis=0))
     found = json.loads((tmp_path / "scores.json").read_text())
-    assert found["samples"] == {"fid": 7, "sizes": [100, 48_000, 10_000]}
+    assert found["samples"] == {"fid": 7, "sizes": [100, 50_000, 10_000]}
     assert found["means"]["sizes"][0] == 200
-    train_images = datasets.load("glyphs", glyphs_dir).train.images[:200]
-    assert found["training images"]["fid"] == train_images.double().mean().item()
+    val_images = datasets.load("glyphs", glyphs_dir).val.images
+    assert found["validation images"]["fid"] == val_images.double().mean().item()
+    assert found["validation images"]["sizes"] == [10_000, 50_000, 10_000]
     assert "samples: fid 7.0" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arrays", [
-    {},
-    {"x": np.zeros((100, 28, 28))},
-    {"x": np.zeros((100, 27, 28), np.uint8)},
-    {"x": np.zeros((9, 28, 28), np.uint8)},
-    {"x": np.array([None])},
-], ids=["nothing", "floats", "another size", "too few", "objects"])
-def test_a_file_without_images_is_an_error_of_one_line(glyphs_dir, tmp_path, arrays):
-    with pytest.raises(OSError, match="not an .npz file of at least 100 images"):
-        score_file(tmp_path / "file.npz", glyphs_dir, **arrays)
+IMAGES = np.arange(100 * 784).reshape(100, 28, 28).astype(np.uint8)
+
+
+@pytest.mark.parametrize("images", [
+    IMAGES,
+    IMAGES.reshape(100, 784),
+    IMAGES.reshape(100, 1, 28, 28),
+    np.asfortranarray(IMAGES),
+], ids=["[N, 28, 28]", "[N, 784]", "[N, 1, 28, 28]", "Fortran order"])
+def test_these_arrays_are_images(tmp_path, images):
+    np.savez(tmp_path / "file.npz", x=images)
+    found = a3_gan.read_images(tmp_path / "file.npz")
+    assert np.array_equal(found["x"], IMAGES.reshape(100, 784))
+
+
+@pytest.mark.parametrize("arrays, what", [
+    ({}, "but nothing"),
+    ({"x": IMAGES / 255}, r"x: float64 \[100, 28, 28\]"),
+    ({"x": np.stack([IMAGES] * 3, axis=-1)}, r"x: uint8 \[100, 28, 28, 3\]"),
+    ({"x": IMAGES[:, :14]}, r"x: uint8 \[100, 14, 28\]"),
+    ({"x": IMAGES[:9]}, r"x: uint8 \[9, 28, 28\]"),
+    ({"x": IMAGES.astype(int), "y": np.zeros(100)}, r"x: int64 .*, y: float64 \[100\]"),
+], ids=["nothing", "floats", "colour", "another size", "too few", "several arrays"])
+def test_a_file_without_images_is_an_error_that_says_what_is_in_it(tmp_path, arrays, what):
+    path = tmp_path / "file.npz"
+    np.savez(path, **arrays)
+    with pytest.raises(OSError, match=f"file.npz has no array of at least 100 images.*{what}"):
+        a3_gan.read_images(path)
+
+
+def test_a_file_that_is_missing_or_no_npz_file_is_named(tmp_path):
+    with pytest.raises(OSError, match="other.npz does not exist"):
+        a3_gan.read_images(tmp_path / "other.npz")
+    for array in (IMAGES, np.array([None])):
+        np.save(tmp_path / "file.npy", array)
+        with pytest.raises(OSError, match="file.npy is not an .npz file"):
+            a3_gan.read_images(tmp_path / "file.npy")
+
+
+def test_what_looks_wrong_in_a_file_of_images_is_said(tmp_path, capsys):
+    np.savez(tmp_path / "file.npz", x=IMAGES % 2, labels=np.zeros(100, np.uint8))
+    assert a3_gan.read_images(tmp_path / "file.npz").keys() == {"x"}
+    err = capsys.readouterr().err
+    assert "not images, and not scored: labels: uint8 [100]" in err
+    assert "no pixel of x is above 1" in err
 
 
 # --------------------------------------------------------------------------------- interpolation
@@ -399,37 +453,26 @@ def test_slerp_keeps_the_norm_and_goes_by_equal_angles():
     cosines = (path[1:] * path[:-1]).sum(1)
     quarter = math.acos((start @ end).item()) / 4
     assert cosines.tolist() == pytest.approx([math.cos(quarter)] * 4, rel=1e-5)
+    path = slerp(start, start)
+    assert torch.allclose(path, start.expand(9, -1), atol=1e-5)
 
 
-def test_interpolation_joins_sure_samples_by_the_path_that_changes_most_evenly(
-        tmp_path, monkeypatch):
-    """The surest sample of digit d is number 100 d + 7. The best path is made that from 3 to 4."""
+def test_interpolation_joins_the_surest_samples_of_two_digits(tmp_path, monkeypatch):
     z = noise(1000, 2, seed=2)
     probabilities = torch.full((1000, 10), 0.05)
-    for digit in range(10):
-        probabilities[100 * digit + 7, digit] = 0.9 + digit / 1000
-        probabilities[100 * digit + 8, digit] = 0.8
-    probabilities[307, 5] = 0.91  # it is taken already for 3, so that 5 has 507
+    probabilities[300, 3] = 0.99
+    probabilities[301, 3] = 0.98  # the same digit
+    probabilities[700, 8] = 0.97
+    probabilities[100, 1] = 0.96
+    points = []
 
-    def generate_path(generator, points):
-        """White pixels, ten more in each image; in the last one twenty, but from 3 to 4."""
-        if len(points) == 1000:
-            return torch.zeros(1000, 784, dtype=torch.uint8)
-        start = (z - points[0]).norm(dim=1).argmin().item()
-        end = (z - points[-1]).norm(dim=1).argmin().item()
-        assert start % 100 == end % 100 == 7
-        level = torch.arange(9)
-        if (start, end) != (307, 407):
-            level[-1] += 1
-        is_white = torch.arange(784) < 10 * level.unsqueeze(1)
-        return is_white.byte() * 255
-
-    grids = []
+    def generate_blank(generator, z):
+        points.append(z)
+        return torch.zeros(len(z), 784, dtype=torch.uint8)
     monkeypatch.setattr(a3_gan, "classify", lambda classifier, pixels: (None, probabilities))
-    monkeypatch.setattr(a3_gan, "generate", generate_path)
-    monkeypatch.setattr(a3_gan, "save_grid", lambda images, filename, nrow: grids.append(images))
+    monkeypatch.setattr(a3_gan, "generate", generate_blank)
     ends = a3_gan.save_interpolation(Generator(2), None, tmp_path / "interpolation.png")
-    assert ends["path"] == "spherical"
-    assert ends["digits"] == [3, 4]
-    assert ends["probabilities"] == pytest.approx([0.903, 0.904])
-    assert grids[0].sum(1).tolist() == pytest.approx([10 * i for i in range(9)])
+    assert ends["digits"] == [3, 8]
+    assert ends["probabilities"] == pytest.approx([0.99, 0.97])
+    assert torch.allclose(points[-1], slerp(z[300], z[700]))
+    assert Image.open(tmp_path / "interpolation.png").size == (9 * 86 + 2, 88)

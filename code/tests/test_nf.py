@@ -359,6 +359,17 @@ def test_grey_levels_turn_the_training_pixels_into_the_prior():
     assert torch.equal(to_grey(logit, z).floor(), images[:40].float())
 
 
+@pytest.mark.parametrize("x", [
+    torch.rand(4, 784),
+    torch.full((4, 784), 1020),
+    torch.full((4, 784), -1),
+    torch.full((4, 784), math.nan),
+], ids=["in [0, 1]", "above 255", "below 0", "nan"])
+def test_pixels_that_are_not_grey_levels_are_refused(x):
+    with pytest.raises(ValueError, match="must be integers from 0 to 255"):
+        Model([784])(x)
+
+
 def test_dequantization_is_uniform(monkeypatch):
     model = Model([784], n_mixtures=0)
     u = model.dequantize(torch.full((100, 784), 7)) - 7  # integers of any type
@@ -497,37 +508,43 @@ def test_the_components_of_a_mixture_do_not_become_one(trained):
     assert (means.sort(dim=1).values.diff(dim=1).abs().mean(dim=(0, 2, 3, 4)) > 0.02).all()
 
 
-@pytest.mark.parametrize("dtype, accuracy", [(torch.float32, 0.01), (torch.float64, 1e-7)])
+def images_with_extremes(x):
+    """Ten of the images x, a black one, a white one, and one of black and white stripes."""
+    stripes = torch.arange(784) % 2 * 255
+    return torch.stack([*x[:10], torch.zeros(784), torch.full((784,), 255), stripes])
+
+
+@pytest.mark.parametrize("u", [0.001, 0.5, 0.999])
 @torch.no_grad()
-def test_invertible_both_ways_after_training_and_at_extreme_inputs(trained, dtype, accuracy):
-    model, x = copy.deepcopy(trained[0]).to(dtype), trained[1]
-    model.logit.fit(x)  # again, in this dtype
-    extremes = [torch.zeros(784), torch.full((784,), 255), torch.arange(784) % 2 * 255]
-    x = torch.stack([*x[:10], *extremes]).to(dtype)
-    for u in (0.001, 0.5, 0.999):
-        z, ldj = encode(model, x + u)
-        assert z.isfinite().all()
-        assert ldj.isfinite().all()
+def test_images_are_recovered_after_training_also_extreme_ones(trained, u):
+    model, x = copy.deepcopy(trained[0]).double(), trained[1]
+    model.logit.fit(x)  # again, in double precision
+    y = images_with_extremes(x).double() + u
+    z, _ = encode(model, y)
+    assert (decode(model, z) - y).abs().max() < 1e-7  # grey levels
+
+
+@pytest.mark.parametrize("u", [0.01, 0.5, 0.99])
+@torch.no_grad()
+def test_latent_variables_are_recovered_in_single_precision(trained, u):
+    """Where the flow is flat, single precision can miss an image, but not its z.
+
+    Errors of z are measured as probabilities, since the prior has hardly any mass far out.
+    """
+    model, x = trained[0], trained[1]
+    from_images, _ = encode(model, images_with_extremes(x) + u)
+    torch.manual_seed(0)
+    drawn = sample_prior((200, 784))
+    for z in (from_images, drawn):
         y = decode(model, z)
-        error = (y - x - u).abs()  # in grey levels
-        error_of_z = (encode(model, y)[0] - z).abs()
-        if dtype == torch.float64:
-            assert error.max() < accuracy
-        else:  # where the flow is flat, float32 misses a pixel, but not its z
-            assert (error[:10] < accuracy).double().mean() > 0.995
-            assert torch.minimum(error, error_of_z)[:10].max() < accuracy
-    z = sample_prior((100, 784)).to(dtype)
-    y = decode(model, z)
-    back, ldj = encode(model, y)
-    assert y.min() >= 0
-    assert y.max() <= 256
-    assert back.isfinite().all()
-    assert ldj.isfinite().all()
-    u = y % 1
-    inside = ((u > 1e-3) & (u < 1 - 1e-3)).all(1)  # so that no level is rounded to the next
-    assert inside.sum() >= 10
-    accuracy_of_z = accuracy * 10 if dtype == torch.float32 else accuracy  # the slope can be steep
-    assert (back - z)[inside].abs().max() < accuracy_of_z
+        back, ldj = encode(model, y)
+        assert y.min() >= 0
+        assert y.max() <= 256
+        assert ldj.isfinite().all()
+        away_from_edges = ((y % 1 > 1e-3) & (y % 1 < 1 - 1e-3)).all(1)  # where levels are rounded
+        assert away_from_edges.sum() >= 10
+        error = (back.sigmoid() - z.sigmoid())[away_from_edges].abs()
+        assert error.max() < 1e-3
 
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2 ** -24], ids=["lowest noise", "highest noise"])

@@ -281,6 +281,18 @@ def test_shift_some_moves_a_share_of_the_images_by_up_to_a_pixel():
     assert torch.equal(a3_vae.shift_some(x.flatten(1), 0), x.flatten(1))
 
 
+@pytest.mark.parametrize("x", [
+    2 * binary_images(4) - 1,
+    255 * binary_images(4),
+    binary_images(4) / 2,
+], ids=["-1 and 1", "0 and 255", "grey"])
+def test_pixels_that_are_not_binary_are_refused(x):
+    model = VAE().eval()
+    for use in (model, lambda x: epoch_iter(model, [x], None), lambda x: evaluate(model, x, 1)):
+        with pytest.raises(ValueError, match="must be 0 or 1"):
+            use(x)
+
+
 def test_it_learns(tmp_path):
     model, x = VAE().train(), binary_images(8)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
