@@ -302,8 +302,8 @@ def nearest_distance(pixels, train_pixels):
 def score(pixels, classifier, train_images, test_images):
     """Compare samples, uint8 [N, 784], with the test images and 2000 with the training images.
 
-    Fréchet distance and coverage are means over sets of samples as large as the test set; fid_std
-    is the distance's standard deviation over the sets, None if there is one.
+    Fréchet distance and coverage are means over sets of samples as large as the test set.
+    fid_set_std is the standard deviation of the distance over these sets, or None for a single one.
     """
     fake, probabilities = classify(classifier, pixels)
     real, _ = classify(classifier, test_images)
@@ -311,7 +311,7 @@ def score(pixels, classifier, train_images, test_images):
     distances = frechet_distances(real, fake)
     return {
         "fid": distances.mean().item(),
-        "fid_std": distances.std(ddof=1).item() if len(distances) > 1 else None,
+        "fid_set_std": distances.std(ddof=1).item() if len(distances) > 1 else None,
         "coverage": mean_coverage(real, fake),
         "confident_share": (probabilities.amax(1) > 0.9).double().mean().item(),
         "nearest_train_distance": nearest_distance(pixels[:2000], train_images).median().item(),

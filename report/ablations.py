@@ -74,8 +74,8 @@ class Affine:
 class CouplingsOnly(a3_nf.MultiscaleFlow):
     """Couplings down to the last pixel in place of the autoregressive layer."""
 
-    def __init__(self, logit, n_hidden=32, n_hidden_coarse=48, n_context=160, n_mixtures=6):
-        super().__init__(logit, n_hidden, n_hidden_coarse, n_context, n_mixtures)
+    def __init__(self, logit, n_hidden_coarse=32, n_mixtures=6):
+        super().__init__(logit, n_hidden_coarse=n_hidden_coarse, n_mixtures=n_mixtures)
         mixture = a3_nf.Mixture(n_mixtures, logit)
 
         def coupling(seen, changed):

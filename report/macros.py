@@ -4,10 +4,9 @@
 
 Each entry of figures/<run>/results.json becomes a macro, named after the run and the entry:
 test_elbo of vae_z20 is \\vaeTestElbo. Entries of the last row of metrics.csv get "Last":
-\\nfLastTrainBpd. Mean and standard deviation over seeds get "Mean" and "Std": \\vaeTestElboMean.
-Times are those of the median epoch of these runs, as others may use the machine as well. What
-`python a3_gan.py --score` says of a run's samples.npz, in scores.json, becomes \\nfSamplesFid and
-\\nfTrainingImagesFid. Needs nothing but Python.
+\\nfLastTrainBpd. Means and standard deviations over seeds get "Mean" and "Std": \\vaeTestElboMean.
+What `python a3_gan.py --score` says of a run's samples.npz, in scores.json, becomes \\nfSamplesFid
+and \\nfValidationImagesFid. Needs nothing but Python.
 """
 
 import csv
@@ -18,12 +17,14 @@ import statistics
 import sys
 from pathlib import Path
 
+FIGURES = Path(__file__).resolve().parent / "figures"
 RUNS = {  # prefix of the macros: folder, the command that fills it, its result, other seeds
     "vae": ("vae_z20", "python a3_vae.py --zdim 20", "test_elbo", [1, 2]),
     "vaeTwo": ("vae_z2", "python a3_vae.py --zdim 2", "test_elbo", [1, 2]),
     "gan": ("gan", "python a3_gan.py --n_epochs 200", "fid", [1, 2]),
-    "nf": ("nf", "python a3_nf.py", "test_bpd", []),
+    "nf": ("nf", "python a3_nf.py", "test_bpd", [1]),
 }  # the runs of the other seeds are in vae_z20_seed1 and so on
+SCORED = ["vae", "gan", "nf"]  # those whose samples are scored
 DIGITS = ["Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine"]
 
 
@@ -41,7 +42,7 @@ def text(key, value):
         return f"{value:,}".replace(",", r"\,") if value >= 10_000 else str(value)
     if key == "lr":
         return f"{value:g}"
-    if key.endswith("share"):
+    if "share" in key:
         return rf"{100 * value:.0f}\%"
     digits = 2
     if value > 100 or key == "seconds_to_1_85":
@@ -53,26 +54,60 @@ def text(key, value):
     return f"{value:.{digits}f}".replace("-", r"\ensuremath{-}")
 
 
+def fail(folder, error, command):
+    sys.exit(f"macros.py: error: no results in {folder} ({error}): "
+             f"make them in code/ with {command}")
+
+
 def read(folder, command):
     """The results of a run, and the rows of its metrics."""
-    folder = Path(__file__).resolve().parent / "figures" / folder
+    folder = FIGURES / folder
     try:
         results = json.loads((folder / "results.json").read_text())
         rows = [*csv.DictReader((folder / "metrics.csv").read_text().splitlines())]
         if int(rows[-1]["epoch"]) != results["epochs"] or results["dataset"] != "mnist":
             raise ValueError("a run that is not finished, or not on MNIST")
-    except (OSError, ValueError, LookupError) as error:
-        sys.exit(f"macros.py: error: no results in {folder} ({error}): "
-                 f"make them in code/ with {command}")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        fail(folder, error, command)
     return results, rows
 
 
-def read_scores(folder):
-    """The entries of scores.json in a run's folder, as {"samples_fid": ...}; none without it."""
-    path = Path(__file__).resolve().parent / "figures" / folder / "scores.json"
-    scores = json.loads(path.read_text()) if path.exists() else {}
-    return {f"{name.replace(' ', '_')}_{key}": value
-            for name, entries in scores.items() for key, value in entries.items()}
+def read_scores(folder, command):
+    """The entries of scores.json in a run's folder, as {"samples_fid": ...}."""
+    folder = FIGURES / folder
+    path = folder / "scores.json"
+    weights = folder / "weights.pt"
+    try:
+        scores = json.loads(path.read_text())
+        # In a clone all files have nearly the same time.
+        if weights.exists() and path.stat().st_mtime < weights.stat().st_mtime - 60:
+            raise ValueError("scores.json is older than weights.pt")
+        values = {}
+        for name, entries in scores.items():
+            for key, value in entries.items():
+                values[f"{name.replace(' ', '_')}_{key}"] = value
+    except (OSError, ValueError, AttributeError) as error:
+        fail(folder, error, command)
+    return values
+
+
+def scoring(folder, command):
+    """The commands that make a run's scores.json."""
+    samples = f"../report/figures/{folder}/samples.npz"
+    return f"{command} --sample 10000, then python a3_gan.py --score {samples}"
+
+
+def add_mean(values, key, runs):
+    """Mean and standard deviation over the runs of one entry of their results."""
+    figures = [results[key] for results in runs]
+    values[f"{key}_mean"] = statistics.mean(figures)
+    values[f"{key}_std"] = statistics.stdev(figures)
+
+
+def in_words(items):
+    """[42, 1, 2] -> "42, 1 and 2"."""
+    *others, last = map(str, items)
+    return f"{', '.join(others)} and {last}"
 
 
 def show(prefix, values):
@@ -83,13 +118,23 @@ def show(prefix, values):
 
 
 def main():
-    for prefix, (folder, command, mean_key, seeds) in RUNS.items():
+    for prefix, (folder, command, result, seeds) in RUNS.items():
         values, rows = read(folder, command)
-        values.update({f"last_{key}": float(value) for key, value in rows[-1].items() if value})
-        values.update(read_scores(folder))
+        runs = [values]
+        for seed in seeds:
+            name = f"{folder}_seed{seed}"
+            command_of_seed = f"{command} --seed {seed} --out_dir ../report/figures/{name}"
+            other, _ = read(name, command_of_seed)
+            runs.append(other)
+        if prefix in SCORED:
+            values |= read_scores(folder, scoring(folder, command))
+        values |= {f"last_{key}": float(value) for key, value in rows[-1].items() if value}
+        add_mean(values, result, runs)
+        values["seeds"] = in_words(run["seed"] for run in runs)
+        values["best_epochs"] = in_words(run["best_epoch"] for run in runs)
         values["million_parameters"] = values["parameters"] / 1e6
-        planned = values.get("planned_epochs", values["epochs"])  # of a run that was stopped
-        values["half_epoch"] = (planned + 1) // 2
+        values["half_epoch"] = (values["epochs"] + 1) // 2
+        values["train_minutes"] = round(values["train_seconds"] / 60)
         if "test_kl" in values:  # so that the numbers add up as they are printed
             reconstruction = round(values["test_log_p_x_given_z"], 2)
             values["test_kl"] = reconstruction - round(values["test_elbo"], 2)
@@ -98,29 +143,14 @@ def main():
             values["parameters_discriminator"] = values["parameters"] - generator
             values["classifier_percent"] = f"{100 * values['classifier_test_accuracy']:.1f}"
             values["rarest_percent"] = f"{100 * min(values['class_shares']):.1f}"
+            values |= {f"reference_{key}": value for key, value in values["reference"].items()}
             path = values["interpolation"]
             values["from_digit"], values["to_digit"] = path["digits"]
-            start, end = path["probabilities"]
-            values["from_probability"] = f"{start:.3f}"
-            values["to_probability"] = f"{end:.3f}"
-        if prefix == "nf":  # bits per dimension to nats per image
+        if prefix == "nf":
             gap = values["val_bpd"] - values["last_train_bpd"]
-            values["gap_nats"] = round(gap * 784 * math.log(2))
-        runs = [(values, rows)]
-        for seed in seeds:
-            other = f"{folder}_seed{seed}"
-            runs.append(read(other, f"{command} --seed {seed} --out_dir ../report/figures/{other}"))
-        if seeds:
-            figures = [results[mean_key] for results, _ in runs]
-            values[f"{mean_key}_mean"] = statistics.mean(figures)
-            values[f"{mean_key}_std"] = statistics.stdev(figures)
-            best_epochs = [results["best_epoch"] for results, _ in runs]
-            values["best_epochs"] = "{}, {} and {}".format(*best_epochs)
-        epoch_seconds = statistics.median(float(row["seconds"]) for _, rows in runs for row in rows)
-        values["epoch_seconds"] = round(epoch_seconds)
-        values["train_minutes"] = round(epoch_seconds * values["epochs"] / 60)
+            values["gap_nats"] = round(gap * 784 * math.log(2))  # an image
         show(prefix, values)
-    show("binarized", read_scores("binarized"))  # of binarized training images, see README.md
+    show("binarized", read_scores("binarized", "the command in README.md"))
 
 
 if __name__ == "__main__":

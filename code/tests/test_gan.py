@@ -353,9 +353,9 @@ def test_score_measures_samples_against_the_test_images(monkeypatch):
     assert scores["confident_share"] == pytest.approx(0.25)
     assert scores["fid"] == pytest.approx(3 * 20 ** 2, rel=0.15)  # three features differ by 20
 
-    assert 0 < scores["fid_std"] < 0.2 * scores["fid"]
+    assert 0 < scores["fid_set_std"] < 0.2 * scores["fid"]
     one_set = score(samples[:420], None, train_images, test_images)
-    assert one_set["fid_std"] is None
+    assert one_set["fid_set_std"] is None
 
     real = test_images[:, 1:4].float()
     sets = samples[:, 1:4].float().split(420)  # five sets, of about as many as there are real ones
