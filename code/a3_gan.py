@@ -3,7 +3,7 @@
     python a3_gan.py --n_epochs 200                     # figures and results in report/figures/gan
     python a3_gan.py --n_epochs 20 --out_dir gan20      # a tenth of the time
 
-Expect a Fréchet distance to the test images of 0.75 (training images: 0.67), after 42 to 73
+Expect a Fréchet distance to the test images of 0.75 (validation images: 0.86), after 42 to 73
 minutes on two cores. Sources: Goodfellow et al. (2014), Generative Adversarial Nets; Mescheder et
 al. (2018) for the gradient penalty; Yazici et al. (2019) for averaging the generator; Heusel et al.
 (2017) for the Fréchet distance and two learning rates.
@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 from datasets import DATA_DIR, DataError, load
 
-BATCH_NORM_EPOCHS = 3  # then batch norm is frozen, and the generator trained as it is evaluated
-R1_GAMMA = 10.0  # weight of the gradient penalty, without which the discriminator memorises
+BATCH_NORM_EPOCHS = 3  # then batch norm keeps its statistics: G is trained as it is evaluated
+R1_GAMMA = 10.0  # weight of the gradient penalty, without which D memorises the training images
 R1_EVERY = 16  # the penalty is computed on every 16th batch only
 IMAGE_SHAPES = (784,), (28, 28), (1, 28, 28)  # of an image in a file that --score reads
 FID_EVERY = 10  # epochs between measurements of the Fréchet distance, besides the first and last
@@ -154,7 +154,7 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D, schedu
     """One epoch: for each batch an update of the discriminator, then one of the generator.
 
     dataloader: any iterable of batches of images [B, 1, 28, 28] in [-1, 1], with or without labels.
-    n_updates: those before this epoch, by which `averaged` weighs the updates of this one.
+    n_updates: updates before this epoch, which set the decay of `averaged`.
     Returns the mean losses of the discriminator, without the penalty, and of the generator, nats.
     Raises ValueError if the first batch is not in [-1, 1].
     """
@@ -177,7 +177,7 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D, schedu
         loss_D = discriminator_loss(real_scores, fake_scores)
         optimizer_D.zero_grad()
         loss_D.backward()
-        if step % R1_EVERY == 1:  # rarely, but with more weight (Karras et al. 2020)
+        if step % R1_EVERY == 1:  # on few batches, with R1_EVERY times the weight (Karras 2020)
             penalty = gradient_penalty(discriminator, images)
             (R1_GAMMA / 2 * R1_EVERY * penalty).backward()
         optimizer_D.step()
@@ -255,8 +255,8 @@ def frechet_distance(a, b):
     S_a, S_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     eigenvalues = np.linalg.eigvals(S_a @ S_b).real.clip(min=0)
     trace_of_root = np.sqrt(eigenvalues).sum()  # the trace is the sum of the root's eigenvalues
-    distance = ((a.mean(0) - b.mean(0)) ** 2).sum()
-    return float(distance + np.trace(S_a) + np.trace(S_b) - 2 * trace_of_root)
+    distance_of_means = ((a.mean(0) - b.mean(0)) ** 2).sum()
+    return float(distance_of_means + np.trace(S_a) + np.trace(S_b) - 2 * trace_of_root)
 
 
 def neighbour_radii(real, k=5):
@@ -275,8 +275,12 @@ def coverage(real, fake, radii):
 
 
 def sets_of_fakes(real, fake):
-    """The fake features in sets as large as the real set. One set alone is noisy."""
-    return fake.chunk(max(1, len(fake) // len(real)))
+    """The fake features in sets as large as the real set, since the distance depends on the size.
+
+    What is left over is not used; fewer fake features than real ones are one set.
+    """
+    n_sets = max(1, len(fake) // len(real))
+    return fake[:n_sets * len(real)].split(len(real))
 
 
 def frechet_distances(real, fake):
@@ -291,7 +295,7 @@ def mean_coverage(real, fake):
 
 
 def nearest_distance(pixels, train_pixels):
-    """Distance of each image [N, 784] to the nearest training image, [N], with pixels in [0, 1]."""
+    """Distance of each image [N, 784] to the nearest training image, [N], of pixels / 255."""
     train_images = train_pixels.float() / 255
     nearest = []
     for batch in pixels.float().split(250):
@@ -300,7 +304,7 @@ def nearest_distance(pixels, train_pixels):
 
 
 def score(pixels, classifier, train_images, test_images):
-    """Compare samples, uint8 [N, 784], with the test images and 2000 with the training images.
+    """Compare samples, uint8 [N, 784], with the test images, and 2000 also with training images.
 
     Fréchet distance and coverage are means over sets of samples as large as the test set.
     fid_set_std is the standard deviation of the distance over these sets, or None for a single one.
@@ -320,7 +324,10 @@ def score(pixels, classifier, train_images, test_images):
 
 
 def slerp(start, end, n=9):
-    """n points [n, d] from start to end on a sphere, at equal angles (Shoemake 1985)."""
+    """n points [n, d] from start to end, for equal norms on a sphere at equal angles.
+
+    Shoemake (1985), Animating rotation with quaternion curves.
+    """
     cosine = F.cosine_similarity(start, end, dim=0).clamp(-1, 1)
     angle = torch.acos(cosine).clamp(min=1e-4)  # not 0 / 0 if start and end are the same
     weight = torch.sin(torch.linspace(0, 1, n) * angle) / torch.sin(angle)
@@ -332,7 +339,7 @@ def slerp(start, end, n=9):
 def save_curves(rows, filename, fid_floor):
     """Losses of each epoch, with their values at equilibrium, and the Fréchet distance.
 
-    The distance is to the validation images; fid_floor is that of the test images.
+    The distance is that of samples to the validation images; fid_floor is that of test images.
     """
     from matplotlib.figure import Figure  # not pyplot, which looks for a display
     figure = Figure(figsize=(6, 2.4), layout="constrained")
@@ -373,10 +380,11 @@ def save_samples(generator, filename):
 
 
 def save_interpolation(generator, classifier, filename):
-    """Nine images from the surest of 1000 samples to the surest of another digit (question 2.7).
+    """Nine images between two samples of different digits (question 2.7).
 
-    The path is spherical, since noise z ~ N(0, I) lies near a sphere, of radius sqrt(latent_dim).
-    Returns the digits at its ends.
+    They are those, of 1000, of whose digits the classifier is surest. The path is spherical, since
+    noise z ~ N(0, I) lies near a sphere, of radius sqrt(latent_dim). Returns the digits at its
+    ends and their probabilities.
     """
     z = noise(1000, generator.latent_dim, seed=2)
     _, probabilities = classify(classifier, generate(generator, z))  # [1000, 10]
@@ -472,7 +480,7 @@ def peak_memory_mb(device):
 
 
 def processor_name(device):
-    """The name of the GPU or, as well as the system tells it, of the CPU."""
+    """The name of the GPU or, as far as the system tells it, of the CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -545,7 +553,9 @@ def parse_args(argv=None):
                        help="compare the images in an .npz file with the test images")
 
     args = parser.parse_args(argv)
-    args.flags = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    blank = argparse.Namespace(**dict.fromkeys(vars(args)))  # argparse has no simpler way to tell
+    given = parser.parse_args(argv, blank)                   # which flags were given
+    args.flags = [name for name, value in vars(given).items() if value is not None]
     lowest = {"latent_dim": 2, "epochs": 1, "batch_size": 2, "lr": 1e-9, "seed": 0, "sample": 1}
     for name, low in lowest.items():
         value = getattr(args, name)
@@ -594,6 +604,9 @@ def read_images(path):
     for description in others:
         print(f"not images, and not scored: {description}", file=sys.stderr)
     for name, pixels in images.items():
+        if len(pixels) < 10_000:
+            print(f"warning: fewer than 10,000 images in {name} have a larger Fréchet distance",
+                  file=sys.stderr)
         if pixels.max() <= 1:
             print(f"warning: no pixel of {name} is above 1, and white is 255", file=sys.stderr)
     return images
@@ -647,8 +660,8 @@ def main(args):
     out_dir = args.out_dir = run_dir(args)
     out_dir.mkdir(parents=True, exist_ok=True)
 
-    # Models. Each epoch seeds its random numbers with 10,000 * seed + epoch, here 0, so that a run
-    # can be resumed without saving the state of the generator.
+    # Models. The random numbers of an epoch are seeded with 10,000 * seed + epoch, where epoch 0 is
+    # the initialisation. So a run can be resumed without saving the state of torch's generator.
     torch.manual_seed(10_000 * args.seed)
     generator = Generator(args.latent_dim).to(args.device)
     discriminator = Discriminator().to(args.device)
@@ -690,7 +703,7 @@ def main(args):
     # The yardstick: Fréchet distances are between features of a classifier, which is trained now
     classifier = train_classifier(*train_set)
     real, _ = classify(classifier, val_set.images)
-    z = noise(len(train_set.images), args.latent_dim, seed=0)
+    val_noise = noise(len(train_set.images), args.latent_dim, seed=0)
 
     # Epochs
     for epoch in range(len(rows) + 1, args.epochs + 1):
@@ -706,11 +719,11 @@ def main(args):
             out_dir)
         weights_sum = sum(p.sum().item() for p in averaged.parameters())
         if not math.isfinite(loss_D + loss_G + weights_sum):
-            raise FloatingPointError(f"the loss in epoch {epoch} is not finite: "
+            raise FloatingPointError(f"a loss or weight in epoch {epoch} is not finite: "
                                      "start again with a smaller --lr")
         val_fid = math.nan
         if epoch in (1, args.epochs) or epoch % FID_EVERY == 0:
-            fake, _ = classify(classifier, generate(averaged, z))
+            fake, _ = classify(classifier, generate(averaged, val_noise))
             val_fid = frechet_distances(real, fake).mean().item()
         seconds = time.time() - start
         rows.append({
@@ -737,7 +750,6 @@ def main(args):
         print("  ".join(f"{name} {value:<8.5g}" for name, value in rows[-1].items()))
 
     # Test
-    weights = {"format": FORMAT, "latent_dim": args.latent_dim, "best": best}
     averaged.load_state_dict(best)
     averaged.cpu()
     save(averaged.state_dict(), out_dir / "mnist_generator.pt")  # as the template does
@@ -749,6 +761,7 @@ def main(args):
     save_curves(rows, out_dir / "losses.pdf", reference["fid"])
     save_samples(averaged, out_dir / "samples_end.png")
     interpolation = save_interpolation(averaged, classifier, out_dir / "interpolation.png")
+    weights = {"format": FORMAT, "latent_dim": args.latent_dim, "best": best}
     save(weights, out_dir / "weights.pt")
 
     seconds = sum(row["seconds"] for row in rows)
@@ -778,7 +791,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    # A redirected run shows each line at once, and no console fails to print it.
+    # Lines are written at once, also to a file; characters that a console lacks are replaced.
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     # The user's own settings of matplotlib neither stop a run nor change its figures.
     os.environ["MPLBACKEND"] = "agg"
@@ -796,8 +809,10 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         message = "interrupted"
         out_dir = run_dir(arguments)
-        if (out_dir / "checkpoint.pt").exists() and not (arguments.sample or arguments.score):
-            message += f': the run continues with --resume --out_dir "{out_dir}"'
+        is_run = not (arguments.sample or arguments.score)
+        unfinished = not (out_dir / "results.json").exists()
+        if is_run and unfinished and (out_dir / "checkpoint.pt").exists():
+            message += f': to continue the run, use --resume --out_dir "{out_dir}"'
         print(message, file=sys.stderr)
         sys.exit(130)
     except torch.cuda.OutOfMemoryError:

@@ -10,7 +10,7 @@ better samples and needs fewer bits. It is a multi-scale autoregressive model, a
 changed once, by a function that depends on pixels of the image alone, never on latent variables.
 That function is the CDF of a mixture, as in Ho et al. (2019), Flow++.
 
-Expect 0.967 bits per dimension on the test set, with one draw of the dequantization noise, after
+Expect 0.962 bits per dimension on the test set, with one draw of the dequantization noise, after
 about two hours on one CPU core. The hand-out's target of 1.85 is passed in the first epoch.
 """
 
@@ -37,8 +37,8 @@ from datasets import DATA_DIR, DataError, load
 
 EMA_DECAY = 0.999  # of the averaged weights, per update
 MAX_GRAD_NORM = 1  # gradient clipping: only rare outliers exceed it
-AUTOREGRESSIVE_LR = 0.5  # learning rate of the autoregressive layer, relative to the couplings'
-INPUT_DROPOUT = 0.1  # of the coarsest pixels: makes the others robust to errors in sampled ones
+AUTOREGRESSIVE_LR = 0.5  # learning rate of the autoregressive layer, as a share of --lr
+INPUT_DROPOUT = 0.1  # of the autoregressive layer, which learns to forgive its own errors
 COMMON_LEVELS = 0, 252, 253, 254, 255  # grey levels of 88% of MNIST's pixels
 STANDARD_WEIGHT = 1e-5  # of the standard logistic that is a component of every mixture
 IW_SAMPLES = 8  # draws of the dequantization noise per test image in the tighter bound
@@ -49,6 +49,10 @@ SETTINGS = "n_mixtures", "epochs", "batch_size", "lr", "seed", "dataset", "datas
 
 
 # ------------------------------------------------------------------------------------ the prior
+# It is logistic instead of Gaussian, because a continuous variable with the distribution function
+# F is mapped to it exactly by logit(F(x)), which both the grey levels and the pixels use below.
+
+
 def logistic(x):
     """CDF, survival function (1 - CDF) and density of the standard logistic distribution at x.
 
@@ -133,7 +137,7 @@ class Coupling(nn.Module):
 
 
 class Flow(nn.Module):
-    """RealNVP: n_flows pairs of couplings, of which each changes one half of the pixels."""
+    """RealNVP: n_flows pairs of couplings. The two of a pair change one half of the pixels each."""
 
     def __init__(self, shape, n_flows=4, n_hidden=32):
         super().__init__()
@@ -154,12 +158,12 @@ class Flow(nn.Module):
 
 # ------------------------------------------------------------------------------ the grey levels
 class EmpiricalLogit(nn.Module):
-    """z = logit(CDF(y)) of grey levels y, so that a pixel is nearly distributed as the prior.
+    """z = logit(CDF(y)) of grey levels y.
 
     The CDF is piecewise linear: a level has the probability p, which the dequantization noise u
-    spreads over [level, level + 1]. It is the empirical CDF, except that black counts as one half
-    of all pixels. Its true share, 0.8, would squeeze the greys, which cost most of the bits, into
-    one tail.
+    spreads over [level, level + 1]. With the true share of each level, z would have exactly the
+    distribution of the prior. But black, with its true share of 0.8, would squeeze the greys,
+    which cost most of the bits, into one tail. So it counts as one half of all pixels.
     """
 
     n_features = 4
@@ -209,8 +213,9 @@ class EmpiricalLogit(nn.Module):
     def features(self, z):
         """What a network is told of pixels: z [B, c, ...] -> [B, 4c, ...].
 
-        These are functions of the grey level: its z, its brightness, is it black, is it white.
-        They leave out the noise u, which says nothing about the image (0.049 bits in a short run).
+        These are functions of the grey level: the z of its middle, its brightness, is it black, is
+        it white. They leave out the noise u, which says nothing about the image. In a short run
+        that saved 0.049 bits per dimension.
         """
         features = self.table[self.level(z)]          # [B, c, ..., 4]
         return features.movedim(-1, 1).flatten(1, 2)  # [B, 4c, ...]
@@ -221,41 +226,43 @@ class EmpiricalLogit(nn.Module):
         Each result is [B, n_levels, ...]. A level is distributed as its noise u, uniformly.
         """
         level = self.level(z)
-        cdf, sf, pdf = logistic(z)
+        cdf, sf, pdf = logistic(z)  # as z = logit(CDF), this is CDF = self.cdf + u * self.p
         u = ((cdf - self.cdf[level]) / self.p[level]).clamp(min=0)
         one_minus_u = ((sf - self.sf[level]) / self.p[level]).clamp(min=0)  # exact if u is near 1
         slope = pdf / self.p[level]  # du/dz
 
-        above = torch.stack([level - common for common in COMMON_LEVELS], dim=1)  # in levels
-        here = above == 0
-        cdfs = torch.where(here, u.unsqueeze(1), (above > 0).to(z))
-        sfs = torch.where(here, one_minus_u.unsqueeze(1), (above < 0).to(z))
+        difference = torch.stack([level - common for common in COMMON_LEVELS], dim=1)
+        here = difference == 0
+        cdfs = torch.where(here, u.unsqueeze(1), (difference > 0).to(z.dtype))
+        sfs = torch.where(here, one_minus_u.unsqueeze(1), (difference < 0).to(z.dtype))
         pdfs = torch.where(here, slope.unsqueeze(1), 0)
         return cdfs, sfs, pdfs
 
 
 # --------------------------------------------------------------- second model: coarse to fine
-# The order in which the pixels of each 4 x 4 block are sampled:
+# The group of a pixel depends on its place in its block of 4 x 4 pixels:
 #
 #     1 6 3 6     1, 2     7 x 7 pixels each, one pixel at a time    AutoregressiveLayer
-#     7 5 7 5     3, 4     7 x 7 pixels each, all at once            MixtureCoupling, given 1 and 2
-#     4 6 2 6     5, 6, 7  14 x 14 pixels each, all at once          MixtureCoupling, given 1 to 4
+#     7 5 7 5     3, 4     7 x 7 pixels each, all at once            MixtureCoupling
+#     4 6 2 6     5, 6, 7  14 x 14 pixels each, all at once          MixtureCoupling
 #     7 5 7 5
 #
-# Every pixel is given all groups with a smaller number. In training, when the image is known, the
-# layers are applied from the last group to the first, so that each layer still sees the pixels that
-# its group is given, and none that is a latent variable already.
+# The groups of the whole image are sampled in this order, each given all groups before it. From an
+# image to latent variables, the layers run the other way, from group 7 to group 1. So when a layer
+# changes its group, all groups that it is given are still pixels of the image.
 
 
 class Mixture:
     """The map of a pixel: y = logit(CDF(x)) of a mixture (Ho et al. 2019, section 3.1).
 
-    The mixture has n_mixtures logistic components, whose means and scales a network chooses, and
-    one component for each of the COMMON_LEVELS, since logistics blur the edges of black and white
-    (0.020 bits in a short run). The network also chooses their weights. One more component is the
-    standard logistic distribution, with a small fixed weight, so that dy/dx is never 0.
+    The mixture has K = n_mixtures logistic components, whose means and scales a network chooses,
+    and one component for each of the J COMMON_LEVELS, since logistics blur the edges of black and
+    white (in a short run that saved 0.020 bits per dimension). The network also chooses the weights
+    of all these. One more component is the standard logistic distribution, with a small fixed
+    weight, so that dy/dx is not rounded to 0.
 
-    Parameters, from the network: [B, n_parameters, ...] for pixels x [B, ...].
+    Parameters, from the network: [B, n_parameters, ...] for pixels x [B, ...]. The class has none
+    of its own, and so it is no nn.Module.
     """
 
     def __init__(self, n_mixtures, logit):
@@ -307,7 +314,9 @@ class Mixture:
         """
         weights, means, scales = self.components(parameters)
         solutions = means + scales * y.unsqueeze(1)  # for each logistic component alone
-        low = solutions.amin(1) - 20  # those of the levels are within 20
+        # The margin of 20 takes in the common levels. It is also more than -log STANDARD_WEIGHT, so
+        # that the standard logistic makes up for levels that all lie on one side.
+        low = solutions.amin(1) - 20
         high = solutions.amax(1) + 20
         for _ in range(200):  # about 40 are enough in float32, and 70 in float64
             x = (low + high) / 2
@@ -341,9 +350,9 @@ class MixtureCoupling(nn.Module):
         features = self.mixture.logit.features(z[:, self.seen])  # [B, 4c, H, W]
         parameters = self.net(features).unsqueeze(2)             # [B, n_parameters, 1, H, W]
         transform = self.mixture.inverse if reverse else self.mixture.transform
-        changed, log_slope = transform(z[:, self.changed], parameters)  # [B, 1, H, W] each
+        values, log_slope = transform(z[:, self.changed], parameters)  # [B, 1, H, W] each
         z = z.clone()
-        z[:, self.changed] = changed
+        z[:, self.changed] = values
         return z, ldj + log_slope.sum((1, 2, 3))
 
 
@@ -356,8 +365,9 @@ class AutoregressiveLayer(nn.Module):
         context_i = sum over j < i of f_j V_j
         parameters_i = silu(silu(context_i + c_i) W_i + b_i) U_i + a_i
 
-    So V is shared by all the networks. In training all pixels are known, and all contexts are one
-    cumulative sum. In sampling each pixel, once it is known, is added to the context of the next.
+    V_j is the same for all pixels i > j; c, W, b, U and a are of pixel i alone. In training all
+    pixels are known, and all contexts are one cumulative sum. In sampling each pixel, once it is
+    known, is added to the context of the next.
     """
 
     def __init__(self, pixels, n_context, n_hidden, mixture):
@@ -376,13 +386,13 @@ class AutoregressiveLayer(nn.Module):
     def forward(self, z, ldj, reverse=False):
         """z [B, D] and the log-determinant so far, ldj [B], nats -> both after this layer."""
         if reverse:
-            changed, log_slope = self.inverse(z[:, self.pixels])
+            values, log_slope = self.inverse(z[:, self.pixels])
         else:
             x = z[:, self.pixels]                         # [B, n]
             parameters = self.network(self.contexts(x))   # [B, n_parameters, n]
-            changed, log_slope = self.mixture.transform(x, parameters)
+            values, log_slope = self.mixture.transform(x, parameters)
         z = z.clone()
-        z[:, self.pixels] = changed
+        z[:, self.pixels] = values
         return z, ldj + log_slope.sum(1)
 
     def inverse(self, y):
@@ -398,18 +408,19 @@ class AutoregressiveLayer(nn.Module):
         return x, log_slope
 
     def contexts(self, x):
-        """What each pixel sees of those before it: x [B, n] -> [B, n, n_context]."""
-        terms = self.context_terms(x)
-        terms = F.pad(terms[:, :-1], (0, 0, 1, 0))  # 0 for the first pixel, and so on
+        """What each pixel sees of those before it: x [B, n] -> [B, n, n_context].
+
+        In training mode some pixels are left out of the sums.
+        """
+        kept = F.dropout(torch.ones_like(x), INPUT_DROPOUT, self.training)  # [B, n]
+        terms = self.context_terms(x, kept=kept.unsqueeze(1))
+        terms = F.pad(terms[:, :-1], (0, 0, 1, 0))  # shifted: pixel i sums the terms before it
         return terms.cumsum(1)
 
-    def context_terms(self, x, i=slice(None)):
-        """f V of pixels i, x [B, n] -> [B, n, n_context]. In training, some are left out."""
+    def context_terms(self, x, i=slice(None), kept=1):
+        """f V of pixels i, x [B, n] -> [B, n, n_context]."""
         features = self.mixture.logit.features(x).view(len(x), -1, x.shape[1])  # [B, 4, n]
-        if self.training:
-            kept = F.dropout(torch.ones_like(x), INPUT_DROPOUT)
-            features = features * kept.unsqueeze(1)
-        return torch.einsum("bfn,nfc->bnc", features, self.V[i])
+        return torch.einsum("bfn,nfc->bnc", kept * features, self.V[i])
 
     def network(self, context, i=slice(None)):
         """The networks of pixels i: context [B, n, n_context] -> [B, n_parameters, n]."""
@@ -521,7 +532,7 @@ def epoch_iter(model, data, optimizer, schedule=None, averaged=None, n_updates=0
     """One pass over `data`, with updates if the model is in training mode.
 
     data: an iterable of batches of images, [B, 784] or [B, 1, 28, 28], integers 0..255, with or
-    without labels. n_updates: those before this pass, by which `averaged` weighs the new ones.
+    without labels. n_updates: updates before this pass, which set the decay of `averaged`.
     Returns the average bits per dimension.
     """
     device = next(model.parameters()).device
@@ -552,7 +563,7 @@ def epoch_iter(model, data, optimizer, schedule=None, averaged=None, n_updates=0
 def run_epoch(model, data, optimizer, schedule=None, averaged=None, n_updates=0):
     """Train on data[0], then evaluate data[1] with the averaged weights, if there are any.
 
-    Returns both averages.
+    Returns the average bits per dimension of each.
     """
     model.train()
     train_bpd = epoch_iter(model, data[0], optimizer, schedule, averaged, n_updates)
@@ -581,7 +592,7 @@ def evaluate(model, x, k):
 
 # --------------------------------------------------------------------------------------- figures
 def save_bpd_plot(train_curve, val_curve, filename):
-    """Bits per dimension of each epoch, with the hand-out's target of 1.85, and enlarged."""
+    """Bits per dimension of each epoch: left with the target of 1.85, right enlarged."""
     from matplotlib.figure import Figure  # not pyplot, which looks for a display
     figure = Figure(figsize=(6, 2.4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -650,7 +661,7 @@ def load_checkpoint(path):
 
 
 def load_model(checkpoint, device="cpu"):
-    """The trained flow in eval mode, from a run's checkpoint.pt (its best epoch) or weights.pt."""
+    """The trained Model in eval mode, from a run's checkpoint.pt (its best epoch) or weights.pt."""
     content = load_checkpoint(checkpoint)
     model = Model([784], n_mixtures=content["n_mixtures"])
     model.load_state_dict(content["best"])
@@ -699,7 +710,7 @@ def peak_memory_mb(device):
 
 
 def processor_name(device):
-    """The name of the GPU or, as well as the system tells it, of the CPU."""
+    """The name of the GPU or, as far as the system tells it, of the CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -737,7 +748,7 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group("model and training")
     group.add_argument("--n_mixtures", type=int, default=6,
-                       help="logistics per mixture; 0: RealNVP (default: %(default)s)")
+                       help="logistic components of a mixture; 0: RealNVP (default: %(default)s)")
     group.add_argument("--epochs", "--n_epochs", type=int, default=24,
                        help="passes over the training images (default: %(default)s)")
     group.add_argument("--batch_size", type=int, default=32,
@@ -767,7 +778,9 @@ def parse_args(argv=None):
                        help="write N samples of the trained model to samples.npz and samples.png")
 
     args = parser.parse_args(argv)
-    args.flags = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    blank = argparse.Namespace(**dict.fromkeys(vars(args)))  # argparse has no simpler way to tell
+    given = parser.parse_args(argv, blank)                   # which flags were given
+    args.flags = [name for name, value in vars(given).items() if value is not None]
     lowest = {"n_mixtures": 0, "epochs": 1, "batch_size": 1, "lr": 1e-9, "seed": 0, "sample": 1}
     for name, low in lowest.items():
         value = getattr(args, name)
@@ -822,8 +835,8 @@ def main(args):
     out_dir = args.out_dir = run_dir(args)
     out_dir.mkdir(parents=True, exist_ok=True)
 
-    # Model. Each epoch seeds its random numbers with 10,000 * seed + epoch, here 0, so that a run
-    # can be resumed without saving the state of the generator.
+    # Model. The random numbers of an epoch are seeded with 10,000 * seed + epoch, where epoch 0 is
+    # the initialisation. So a run can be resumed without saving the state of torch's generator.
     torch.manual_seed(10_000 * args.seed)
     model = Model([784], n_mixtures=args.n_mixtures)
     model.logit.fit(data.train.images)
@@ -836,11 +849,11 @@ def main(args):
         factor = AUTOREGRESSIVE_LR if isinstance(layer, AutoregressiveLayer) else 1
         groups.append({"params": layer.parameters(), "lr": factor * args.lr})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    n_updates = args.epochs * math.ceil(len(train) / args.batch_size)
-    n_updates = max(20, n_updates)  # with 10, OneCycleLR divides by zero
+    total_updates = args.epochs * math.ceil(len(train) / args.batch_size)
+    total_updates = max(20, total_updates)  # with 10, OneCycleLR divides by zero
     rates = [group["lr"] for group in groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rates, n_updates, pct_start=0.1, cycle_momentum=False)
+        optimizer, rates, total_updates, pct_start=0.1, cycle_momentum=False)
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"{data.name}, {n_parameters:,} parameters, {args.device}; writing to {out_dir}")
 
@@ -893,7 +906,6 @@ def main(args):
         print("  ".join(f"{name} {value:<8.5g}" for name, value in rows[-1].items()))
 
     # Test
-    weights = {"format": FORMAT, "n_mixtures": args.n_mixtures, "best": best}
     averaged.load_state_dict(best)
     torch.manual_seed(10_000 * args.seed + args.epochs + 1)
     scores = evaluate(averaged, test, IW_SAMPLES)
@@ -901,6 +913,7 @@ def main(args):
     train_curve = [row["train_bpd"] for row in rows]
     val_curve = [row["val_bpd"] for row in rows]
     save_bpd_plot(train_curve, val_curve, out_dir / "bpd.pdf")
+    weights = {"format": FORMAT, "n_mixtures": args.n_mixtures, "best": best}
     save(weights, out_dir / "weights.pt")
 
     seconds = sum(row["seconds"] for row in rows)
@@ -924,7 +937,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    # A redirected run shows each line at once, and no console fails to print it.
+    # Lines are written at once, also to a file; characters that a console lacks are replaced.
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     # The user's own settings of matplotlib neither stop a run nor change its figures.
     os.environ["MPLBACKEND"] = "agg"
@@ -940,8 +953,10 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         message = "interrupted"
         out_dir = run_dir(arguments)
-        if (out_dir / "checkpoint.pt").exists() and not arguments.sample:
-            message += f': the run continues with --resume --out_dir "{out_dir}"'
+        is_run = not arguments.sample
+        unfinished = not (out_dir / "results.json").exists()
+        if is_run and unfinished and (out_dir / "checkpoint.pt").exists():
+            message += f': to continue the run, use --resume --out_dir "{out_dir}"'
         print(message, file=sys.stderr)
         sys.exit(130)
     except torch.cuda.OutOfMemoryError:

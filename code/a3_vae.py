@@ -126,7 +126,9 @@ class VAE(nn.Module):
         z = mean + std * torch.randn_like(std)  # the reparametrization trick, question 1.11
         reconstruction = log_p_x_given_z(x, self.decoder.logits(z))  # [B]
         if self.z_dim > 2:
-            # With one sample of z and the gradient through z alone (Roeder et al. 2017): less noisy
+            # An estimate of the KL from one z. What detach() leaves out of its gradient has the
+            # expectation 0, so that the gradient stays unbiased and is less noisy (Roeder et al.
+            # 2017, Sticking the landing).
             kl = log_q_over_p(z, mean.detach(), std.detach())        # [B]
         else:
             kl = kl_divergence(mean, std)  # trains better with few dimensions
@@ -134,9 +136,9 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, n_samples):
-        """z ~ N(0, I), then x ~ p(x|z) (question 1.2), each [n_samples, 784].
+        """z ~ N(0, I), then x ~ p(x|z) (question 1.2).
 
-        Returns draws in {0, 1} and the Bernoulli means that they are drawn with.
+        Returns draws in {0, 1} and the Bernoulli means they are drawn with, [n_samples, 784] each.
         """
         device = next(self.parameters()).device
         z = torch.randn(n_samples, self.z_dim)  # on the CPU: the same noise on every device
@@ -146,8 +148,11 @@ class VAE(nn.Module):
 
 
 def check_binary(x):
-    """Raise ValueError if a pixel is neither 0 nor 1: a Bernoulli likelihood is for no others."""
-    if not ((x == 0) | (x == 1)).all():
+    """Raise ValueError if a pixel is neither 0 nor 1: others have no Bernoulli likelihood.
+
+    On a GPU nothing is checked, as the CPU would have to wait for it.
+    """
+    if x.is_cpu and not ((x == 0) | (x == 1)).all():
         raise ValueError(f"pixels must be 0 or 1; these are {x.dtype} from {x.min()} to {x.max()}")
 
 
@@ -172,7 +177,10 @@ def log_q_over_p(z, mean, std):
 
 # ----------------------------------------------------------------------- training and evaluation
 def shift_some(images, share):
-    """Shift a `share` of the images [N, 784] by -1, 0 or 1 pixels in x and y: augmentation."""
+    """Shift a `share` of the images [N, 784] by -1, 0 or 1 pixels in x and y: augmentation.
+
+    One in nine of these shifts is by 0 in both directions.
+    """
     images = images.view(-1, 28, 28).clone()
     chosen = torch.randperm(len(images))[:round(share * len(images))].to(images.device)
     for i, indices in enumerate(chosen.chunk(9)):
@@ -193,7 +201,7 @@ def epoch_iter(model, data, optimizer, schedule=None, averaged=None, n_updates=0
     """One pass over `data`, with updates if the model is in training mode.
 
     data: an iterable of batches of images, [B, 784] or [B, 1, 28, 28], in {0, 1}, with or without
-    labels. n_updates: those before this pass, by which `averaged` weighs the new ones.
+    labels. n_updates: updates before this pass, which set the decay of `averaged`.
     Returns the average ELBO.
     """
     device = next(model.parameters()).device
@@ -202,6 +210,7 @@ def epoch_iter(model, data, optimizer, schedule=None, averaged=None, n_updates=0
     with torch.set_grad_enabled(model.training):
         for step, batch in enumerate(bar, start=1):
             x = batch[0] if isinstance(batch, (list, tuple)) else batch
+            check_binary(x)
             x = x.to(device, torch.float32).flatten(1)  # [B, 784]
             loss = model(x)
             if model.training:
@@ -224,7 +233,7 @@ def epoch_iter(model, data, optimizer, schedule=None, averaged=None, n_updates=0
 def run_epoch(model, data, optimizer, schedule=None, averaged=None, n_updates=0):
     """Train on data[0], then evaluate data[1] with the averaged weights, if there are any.
 
-    Returns both averages.
+    Returns the average ELBO of each.
     """
     model.train()
     train_elbo = epoch_iter(model, data[0], optimizer, schedule, averaged, n_updates)
@@ -242,7 +251,7 @@ def evaluate(model, x, k):
     """
     check_binary(x)
     reconstruction, kl, log_px = 0, 0, 0
-    for batch in tqdm(x.split(2), "test", leave=False, disable=None):  # few, but k samples for each
+    for batch in tqdm(x.split(2), "test", leave=False, disable=None):  # 2 images, so 2 k codes z
         batch = batch.float()
         mean, std = model.encoder(batch)                                     # [B, z_dim]
         z = mean + std * torch.randn(k, *mean.shape, device=mean.device)     # [k, B, z_dim]
@@ -265,7 +274,7 @@ def evaluate(model, x, k):
 
 # --------------------------------------------------------------------------------------- figures
 def save_elbo_plot(train_curve, val_curve, filename, untrained_elbo=None):
-    """Average ELBO of each epoch, nats per image (question 1.13), and its upper end enlarged."""
+    """Average ELBO of each epoch, nats per image (question 1.13); right, its upper end enlarged."""
     from matplotlib.figure import Figure  # not pyplot, which looks for a display
     figure = Figure(figsize=(6, 2.4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -388,7 +397,7 @@ def peak_memory_mb(device):
 
 
 def processor_name(device):
-    """The name of the GPU or, as well as the system tells it, of the CPU."""
+    """The name of the GPU or, as far as the system tells it, of the CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -457,8 +466,10 @@ def parse_args(argv=None):
                        help="write N samples of the trained model to samples.npz and samples.png")
 
     args = parser.parse_args(argv)
-    args.flags = [name for name, value in vars(args).items() if value != parser.get_default(name)]
-    if args.lr is None:  # with two dimensions q(z|x) is narrow, and large steps throw it back
+    blank = argparse.Namespace(**dict.fromkeys(vars(args)))  # argparse has no simpler way to tell
+    given = parser.parse_args(argv, blank)                   # which flags were given
+    args.flags = [name for name, value in vars(given).items() if value is not None]
+    if args.lr is None:  # with two dimensions q(z|x) is narrow, and large steps are unstable
         args.lr = 3e-3 if args.zdim > 2 else 1.5e-3
     lowest = {"zdim": 1, "epochs": 1, "batch_size": 1, "lr": 1e-9, "seed": 0, "sample": 1}
     for name, low in lowest.items():
@@ -516,18 +527,18 @@ def main(args):
     out_dir = args.out_dir = run_dir(args)
     out_dir.mkdir(parents=True, exist_ok=True)
 
-    # Model. Each epoch seeds its random numbers with 10,000 * seed + epoch, here 0, so that a run
-    # can be resumed without saving the state of the generator.
+    # Model. The random numbers of an epoch are seeded with 10,000 * seed + epoch, where epoch 0 is
+    # the initialisation. So a run can be resumed without saving the state of torch's generator.
     torch.manual_seed(10_000 * args.seed)
     model = VAE(z_dim=args.zdim).to(args.device)
     if args.device != "mps":  # where some versions of torch read such weights wrongly
         model.to(memory_format=torch.channels_last)  # faster convolutions
     averaged = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05, fused=True)
-    n_updates = args.epochs * math.ceil(len(train) / args.batch_size)
-    n_updates = max(20, n_updates)  # with 10, OneCycleLR divides by zero
+    total_updates = args.epochs * math.ceil(len(train) / args.batch_size)
+    total_updates = max(20, total_updates)  # with 10, OneCycleLR divides by zero
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.lr, n_updates, pct_start=0.1, cycle_momentum=False)
+        optimizer, args.lr, total_updates, pct_start=0.1, cycle_momentum=False)
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"{data.name} ({data.binarization}), {n_parameters:,} parameters, {args.device}; "
           f"writing to {out_dir}")
@@ -587,7 +598,6 @@ def main(args):
         print("  ".join(f"{name} {value:<8.5g}" for name, value in rows[-1].items()))
 
     # Test
-    weights = {"format": FORMAT, "zdim": args.zdim, "best": best}
     averaged.load_state_dict(best)
     torch.manual_seed(10_000 * args.seed + args.epochs + 1)
     scores = evaluate(averaged, test, IW_SAMPLES)
@@ -597,6 +607,7 @@ def main(args):
     train_curve = [row["train_elbo"] for row in rows]
     val_curve = [row["val_elbo"] for row in rows]
     save_elbo_plot(train_curve, val_curve, out_dir / "elbo.pdf", untrained_elbo)
+    weights = {"format": FORMAT, "zdim": args.zdim, "best": best}
     save(weights, out_dir / "weights.pt")
 
     seconds = sum(row["seconds"] for row in rows)
@@ -621,7 +632,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    # A redirected run shows each line at once, and no console fails to print it.
+    # Lines are written at once, also to a file; characters that a console lacks are replaced.
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     # The user's own settings of matplotlib neither stop a run nor change its figures.
     os.environ["MPLBACKEND"] = "agg"
@@ -637,8 +648,10 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         message = "interrupted"
         out_dir = run_dir(arguments)
-        if (out_dir / "checkpoint.pt").exists() and not arguments.sample:
-            message += f': the run continues with --resume --out_dir "{out_dir}"'
+        is_run = not arguments.sample
+        unfinished = not (out_dir / "results.json").exists()
+        if is_run and unfinished and (out_dir / "checkpoint.pt").exists():
+            message += f': to continue the run, use --resume --out_dir "{out_dir}"'
         print(message, file=sys.stderr)
         sys.exit(130)
     except torch.cuda.OutOfMemoryError:

@@ -125,6 +125,8 @@ def main():
             name = f"{folder}_seed{seed}"
             command_of_seed = f"{command} --seed {seed} --out_dir ../report/figures/{name}"
             other, _ = read(name, command_of_seed)
+            if prefix == "nf":
+                other |= read_scores(name, scoring(name, command_of_seed))
             runs.append(other)
         if prefix in SCORED:
             values |= read_scores(folder, scoring(folder, command))
@@ -147,6 +149,8 @@ def main():
             path = values["interpolation"]
             values["from_digit"], values["to_digit"] = path["digits"]
         if prefix == "nf":
+            for key in ("fid", "coverage", "confident_share"):
+                add_mean(values, f"samples_{key}", runs)
             gap = values["val_bpd"] - values["last_train_bpd"]
             values["gap_nats"] = round(gap * 784 * math.log(2))  # an image
         show(prefix, values)

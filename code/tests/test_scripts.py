@@ -356,7 +356,9 @@ def test_killed_again_and_again_it_ends_like_an_uninterrupted_run(
 def test_flags_that_do_not_count_are_named(script, common, finished, tmp_path, capsys):
     shutil.copy(finished / "checkpoint.pt", tmp_path)
     setting, value = script.flags[:2]
-    argv = ["--resume", *common, "--out_dir", tmp_path, setting, value, "--epochs", 9, "--seed", 7]
+    default = script.module.parse_args([]).epochs
+    argv = ["--resume", *common, "--out_dir", tmp_path, setting, value, "--epochs", default,
+            "--seed", 7]
     status, stderr = run(script, capsys, *argv)
     assert status == 0
     assert stderr.count("\n") == 2
@@ -391,6 +393,20 @@ def test_ctrl_c_before_there_is_a_checkpoint_promises_nothing(
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
     monkeypatch.setattr(torch.Tensor, "lerp_", interrupt)  # in the first update
+    status, stderr = run(
+        script, capsys, "--dry_run", *common, *script.flags, "--out_dir", tmp_path)
+    assert status == 130
+    assert stderr == "interrupted\n"
+
+
+def test_ctrl_c_over_a_finished_run_does_not_promise_to_continue_that_one(
+        script, common, finished, tmp_path, capsys, monkeypatch):
+    for name in ("checkpoint.pt", "results.json"):
+        shutil.copy(finished / name, tmp_path)
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(torch.Tensor, "lerp_", interrupt)
     status, stderr = run(
         script, capsys, "--dry_run", *common, *script.flags, "--out_dir", tmp_path)
     assert status == 130
