@@ -73,7 +73,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """The score is the logit of D(x), the probability that x is real: D(x) = sigmoid(score)."""
+    """Its output is the logit of D(x), the probability that x is real: D(x) = sigmoid(logit)."""
 
     def __init__(self):
         super().__init__()
@@ -88,31 +88,31 @@ class Discriminator(nn.Module):
             nn.Linear(128, 1))                            # [B, 1]
 
     def forward(self, img):
-        """img [B, 1, 28, 28] in [-1, 1] -> scores [B, 1], real numbers."""
+        """img [B, 1, 28, 28] in [-1, 1] -> logits [B, 1], real numbers."""
         return self.net(img)
 
 
-def discriminator_loss(real_scores, fake_scores):
-    """-E log D(x) - E log(1 - D(G(z))) = -V of equation 15: scores [B, 1] each -> a scalar.
+def discriminator_loss(real_logits, fake_logits):
+    """-E log D(x) - E log(1 - D(G(z))) = -V of equation 15: logits [B, 1] each -> a scalar.
 
-    It is log 4 at equilibrium. Since D = sigmoid(s), -log D = softplus(-s).
+    It is log 4 at equilibrium. Since D = sigmoid(logit), -log D = softplus(-logit).
     """
-    return F.softplus(-real_scores).mean() + F.softplus(fake_scores).mean()
+    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
 
 
-def generator_loss(fake_scores):
-    """-E log D(G(z)), the non-saturating loss (question 2.4): scores [B, 1] -> a scalar.
+def generator_loss(fake_logits):
+    """-E log D(G(z)), the non-saturating loss (question 2.4): logits [B, 1] -> a scalar.
 
     It is log 2 at equilibrium.
     """
-    return F.softplus(-fake_scores).mean()
+    return F.softplus(-fake_logits).mean()
 
 
 def gradient_penalty(discriminator, images):
-    """E |d score / d x|^2 over real images, a scalar: R1 of Mescheder et al. (2018)."""
+    """E |d logit / d x|^2 over real images, a scalar: R1 of Mescheder et al. (2018)."""
     images = images.detach().requires_grad_()
-    scores = discriminator(images)
-    gradient, = torch.autograd.grad(scores.sum(), images, create_graph=True)  # [B, 1, 28, 28]
+    logits = discriminator(images)
+    gradient, = torch.autograd.grad(logits.sum(), images, create_graph=True)  # [B, 1, 28, 28]
     return gradient.square().sum((1, 2, 3)).mean()  # over pixels, over the batch
 
 
@@ -172,9 +172,9 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D, schedu
 
         # The discriminator's step
         discriminator.requires_grad_(True)
-        scores = discriminator(torch.cat([images, fake.detach()]))
-        real_scores, fake_scores = scores.chunk(2)
-        loss_D = discriminator_loss(real_scores, fake_scores)
+        logits = discriminator(torch.cat([images, fake.detach()]))
+        real_logits, fake_logits = logits.chunk(2)
+        loss_D = discriminator_loss(real_logits, fake_logits)
         optimizer_D.zero_grad()
         loss_D.backward()
         if step % R1_EVERY == 1:  # on few batches, with R1_EVERY times the weight (Karras 2020)

@@ -6,7 +6,8 @@ Each entry of figures/<run>/results.json becomes a macro, named after the run an
 test_elbo of vae_z20 is \\vaeTestElbo. Entries of the last row of metrics.csv get "Last":
 \\nfLastTrainBpd. Means and standard deviations over seeds get "Mean" and "Std": \\vaeTestElboMean.
 What `python a3_gan.py --score` says of a run's samples.npz, in scores.json, becomes \\nfSamplesFid
-and \\nfValidationImagesFid. Needs nothing but Python.
+and \\nfValidationImagesFid. The rows of ablations.csv become \\ablationPlainLogit and so on. Needs
+nothing but Python.
 """
 
 import csv
@@ -30,7 +31,7 @@ DIGITS = ["Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight"
 
 def macro_name(prefix, key):
     """vae, test_log_px -> vaeTestLogPx; LaTeX's names have no digits, so 85 becomes EightFive."""
-    name = "".join(word[:1].upper() + word[1:] for word in key.split("_"))
+    name = "".join(word[:1].upper() + word[1:] for word in re.findall("[A-Za-z0-9]+", key))
     return prefix + re.sub(r"\d", lambda digit: DIGITS[int(digit[0])], name)
 
 
@@ -97,6 +98,23 @@ def scoring(folder, command):
     return f"{command} --sample 10000, then python a3_gan.py --score {samples}"
 
 
+def read_ablations():
+    """Bits per dimension of each model in ablations.csv, and how many more than "as it is"."""
+    path = FIGURES / "nf" / "ablations.csv"
+    try:
+        rows = [*csv.DictReader(path.read_text().splitlines())]
+        bits = {row["model"]: float(row["val_bpd"]) for row in rows}
+        values = {}
+        for name, bpd in bits.items():
+            values[name] = f"{bpd:.3f}"
+            difference = bpd - bits["as it is"]
+            values[f"{name}_more"] = rf"\ensuremath{{{difference:+.3f}}}"
+    except (OSError, ValueError, LookupError) as error:
+        sys.exit(f"macros.py: error: no ablations in {path} ({error}): "
+                 "make them with python report/ablations.py")
+    return values
+
+
 def add_mean(values, key, runs):
     """Mean and standard deviation over the runs of one entry of their results."""
     figures = [results[key] for results in runs]
@@ -155,6 +173,7 @@ def main():
             values["gap_nats"] = round(gap * 784 * math.log(2))  # an image
         show(prefix, values)
     show("binarized", read_scores("binarized", "the command in README.md"))
+    show("ablation", read_ablations())
 
 
 if __name__ == "__main__":

@@ -176,11 +176,11 @@ def test_the_generators_step_is_against_the_updated_discriminator():
 
 
 def test_averages_are_weighted_by_batch_size_and_labels_are_not_used(monkeypatch):
-    def batch_size_as_loss_D(real_scores, fake_scores):
-        return real_scores.mean() * 0 + len(real_scores)
+    def batch_size_as_loss_D(real_logits, fake_logits):
+        return real_logits.mean() * 0 + len(real_logits)
 
-    def ten_times_batch_size_as_loss_G(fake_scores):
-        return fake_scores.mean() * 0 + 10 * len(fake_scores)
+    def ten_times_batch_size_as_loss_G(fake_logits):
+        return fake_logits.mean() * 0 + 10 * len(fake_logits)
     monkeypatch.setattr(a3_gan, "discriminator_loss", batch_size_as_loss_D)
     monkeypatch.setattr(a3_gan, "generator_loss", ten_times_batch_size_as_loss_G)
     as_a_dataloader_has_it = (torch.zeros(2, 1, 28, 28), torch.zeros(2))
