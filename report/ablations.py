@@ -1,6 +1,6 @@
 """What each idea of the flow is worth: train it for a short while without each of them.
 
-    python3 ablations.py        # writes figures/nf/ablations.csv, in about 45 minutes on one core
+    python3 ablations.py        # writes figures/nf/ablations.csv, in about an hour on one core
 
 Every run has the same budget, two epochs of 20,000 images, and but for one the same seed. The
 models are changed from outside, by replacing constants and classes of a3_nf.py. Bits per dimension
