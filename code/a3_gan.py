@@ -3,10 +3,15 @@
     python a3_gan.py --n_epochs 200                     # figures and results in report/figures/gan
     python a3_gan.py --n_epochs 20 --out_dir gan20      # a tenth of the time
 
-Expect a Fréchet distance to the test images of 0.75 (validation images: 0.86), after 42 to 73
-minutes on two cores. Sources: Goodfellow et al. (2014), Generative Adversarial Nets; Mescheder et
-al. (2018) for the gradient penalty; Yazici et al. (2019) for averaging the generator; Heusel et al.
-(2017) for the Fréchet distance and two learning rates.
+Expect the samples to be at a Fréchet distance of 0.75 from the test images, after 42 to 73 minutes
+on two cores; lower is better. The validation images, as a single set, are at 0.86. The features are
+those of a LeNet-5 that is trained here, and not Inception's. This also holds wherever the code says
+FID, so its numbers cannot be compared with published ones.
+
+Sources: Goodfellow et al. (2014), Generative Adversarial Nets; Mescheder et al. (2018) for the
+gradient penalty; Karras et al. (2020), StyleGAN2, for computing it on few batches; Yazici et al.
+(2019) for averaging the generator; Heusel et al. (2017) for the Fréchet distance and for two
+learning rates; Naeem et al. (2020) for coverage.
 """
 
 import argparse
@@ -32,17 +37,20 @@ from datasets import DATA_DIR, DataError, load
 
 BATCH_NORM_EPOCHS = 3  # then batch norm keeps its statistics: G is trained as it is evaluated
 R1_GAMMA = 10.0  # weight of the gradient penalty, without which D memorises the training images
-R1_EVERY = 16  # the penalty is computed on every 16th batch only
-IMAGE_SHAPES = (784,), (28, 28), (1, 28, 28)  # of an image in a file that --score reads
-FID_EVERY = 10  # epochs between measurements of the Fréchet distance, besides the first and last
+R1_EVERY = 16  # batches per penalty. With 1, the Fréchet distance after 20 epochs is 1.28, not 1.13
+FID_EVERY = 10  # epochs per measurement of the Fréchet distance; first and last always have one
+IMAGE_SHAPES = [(784,), (28, 28), (1, 28, 28)]  # for --score: the shapes that an image may have
 FIGURES = Path(__file__).resolve().parents[1] / "report" / "figures"
-FORMAT = "a3_gan 5"  # of checkpoints; files of another script or version are rejected
+FORMAT = "a3_gan 5"  # version of the saved files; others are rejected
+# These attributes of args are stored in a checkpoint and restored by --resume
 SETTINGS = ("latent_dim", "epochs", "batch_size", "lr", "seed", "save_interval", "dataset",
             "dataset_md5", "dry_run")
 
 
 # ----------------------------------------------------------------------------------------- model
 class Generator(nn.Module):
+    """G(z). PixelShuffle(2) turns four channels into one of twice the height and width."""
+
     def __init__(self, latent_dim=100):
         super().__init__()
         self.latent_dim = latent_dim
@@ -67,13 +75,13 @@ class Generator(nn.Module):
         return self.net(z)
 
     def sample(self, n_samples):
-        """Images of noise z ~ N(0, I): pixels, uint8 [n_samples, 784]. For use in eval mode."""
+        """Images of noise z ~ N(0, I): pixels, uint8 [n_samples, 784]. Call eval() first."""
         z = torch.randn(n_samples, self.latent_dim)  # on the CPU: the same noise on every device
         return generate(self, z)
 
 
 class Discriminator(nn.Module):
-    """Its output is the logit of D(x), the probability that x is real: D(x) = sigmoid(logit)."""
+    """Outputs the logit of D(x), the probability that x is real: D(x) = sigmoid(logit)."""
 
     def __init__(self):
         super().__init__()
@@ -95,7 +103,8 @@ class Discriminator(nn.Module):
 def discriminator_loss(real_logits, fake_logits):
     """-E log D(x) - E log(1 - D(G(z))) = -V of equation 15: logits [B, 1] each -> a scalar.
 
-    It is log 4 at equilibrium. Since D = sigmoid(logit), -log D = softplus(-logit).
+    It is log 4 at equilibrium. As D = sigmoid(logit), -log D = softplus(-logit) and
+    -log(1 - D) = softplus(logit).
     """
     return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
 
@@ -123,7 +132,7 @@ def to_images(pixels):
 
 @torch.no_grad()
 def generate(generator, z):
-    """Noise z [N, latent_dim] -> pixels uint8 [N, 784], both on the CPU; G must be in eval mode."""
+    """Noise z [N, latent_dim] -> pixels uint8 [N, 784], both on the CPU. Call eval() first."""
     device = next(generator.parameters()).device
     pixels = []
     for batch in z.split(1000):
@@ -133,7 +142,7 @@ def generate(generator, z):
 
 
 def noise(n, latent_dim, seed):
-    """n draws of z ~ N(0, I), [n, latent_dim], the same ones for the same seed."""
+    """n draws of z ~ N(0, I), [n, latent_dim], which depend on the seed alone."""
     return torch.randn(n, latent_dim, generator=torch.Generator().manual_seed(seed))
 
 
@@ -141,7 +150,7 @@ def noise(n, latent_dim, seed):
 @torch.no_grad()
 def update_average(averaged, model, n_updates):
     """averaged = decay * averaged + (1 - decay) * model, a moving average of the weights."""
-    decay = (1 + n_updates) / (10 + n_updates)  # averages about the last tenth of all updates
+    decay = (1 + n_updates) / (10 + n_updates)  # over about the last tenth of the updates so far
     for average, current in zip(averaged.parameters(), model.parameters(), strict=True):
         average.lerp_(current, 1 - decay)
     for average, current in zip(averaged.buffers(), model.buffers(), strict=True):
@@ -154,8 +163,9 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D, schedu
     """One epoch: for each batch an update of the discriminator, then one of the generator.
 
     dataloader: any iterable of batches of images [B, 1, 28, 28] in [-1, 1], with or without labels.
-    n_updates: updates before this epoch, which set the decay of `averaged`.
-    Returns the mean losses of the discriminator, without the penalty, and of the generator, nats.
+    n_updates: batches before this epoch, which set the decay of `averaged` and number the pictures.
+    save_interval: batches between pictures in out_dir of samples of `averaged`; 0 for none.
+    Returns the mean losses in nats: the discriminator's, without the penalty, and the generator's.
     Raises ValueError if the first batch is not in [-1, 1].
     """
     device = next(generator.parameters()).device
@@ -168,7 +178,7 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D, schedu
             raise ValueError("pixels must be in [-1, 1], as the generator's are; "
                              f"these are from {images.min()} to {images.max()}")
         z = torch.randn(len(images), generator.latent_dim, device=device)
-        fake = generator(z)
+        fake = generator(z)  # for both steps
 
         # The discriminator's step
         discriminator.requires_grad_(True)
@@ -177,12 +187,12 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D, schedu
         loss_D = discriminator_loss(real_logits, fake_logits)
         optimizer_D.zero_grad()
         loss_D.backward()
-        if step % R1_EVERY == 1:  # on few batches, with R1_EVERY times the weight (Karras 2020)
+        if (step - 1) % R1_EVERY == 0:  # on few batches, so with R1_EVERY times the weight
             penalty = gradient_penalty(discriminator, images)
             (R1_GAMMA / 2 * R1_EVERY * penalty).backward()
         optimizer_D.step()
 
-        # The generator's step, which passes through the discriminator without changing it
+        # The generator's step, for which the discriminator's weights need no gradients
         discriminator.requires_grad_(False)
         loss_G = generator_loss(discriminator(fake))
         optimizer_G.zero_grad()
@@ -209,7 +219,8 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D, schedu
 def train_classifier(images, labels, epochs=5, batch_size=128):
     """A LeNet-5 (LeCun et al. 1998), whose features are used to evaluate samples.
 
-    Its seed is always the same, so that all runs are measured alike.
+    images: uint8 [N, 784]. The seed is always the same, so that all runs are measured alike, but
+    for rounding: another number of threads gives slightly other weights.
     """
     torch.manual_seed(0)
     classifier = nn.Sequential(
@@ -241,7 +252,7 @@ def train_classifier(images, labels, epochs=5, batch_size=128):
 
 @torch.no_grad()
 def classify(classifier, pixels):
-    """Pixels uint8 [N, 784] -> features [N, 84], of the last layer but one, and probabilities."""
+    """Pixels uint8 [N, 784] -> features [N, 84], of the penultimate layer, and probabilities."""
     features = torch.cat([classifier[:-1](to_images(batch)) for batch in pixels.split(1000)])
     return features, classifier[-1](features).softmax(1)
 
@@ -254,13 +265,13 @@ def frechet_distance(a, b):
     a, b = a.double().numpy(), b.double().numpy()
     S_a, S_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     eigenvalues = np.linalg.eigvals(S_a @ S_b).real.clip(min=0)
-    trace_of_root = np.sqrt(eigenvalues).sum()  # the trace is the sum of the root's eigenvalues
+    trace_of_root = np.sqrt(eigenvalues).sum()  # the trace is the sum of the eigenvalues
     distance_of_means = ((a.mean(0) - b.mean(0)) ** 2).sum()
     return float(distance_of_means + np.trace(S_a) + np.trace(S_b) - 2 * trace_of_root)
 
 
 def neighbour_radii(real, k=5):
-    """The distance of each real feature [N, d] to its k-th nearest other one, [N]."""
+    """The distance of each real feature [N, d] to its k-th nearest neighbour, [N]."""
     radii = []
     for batch in real.split(1000):
         distances = torch.cdist(batch, real)
@@ -269,7 +280,7 @@ def neighbour_radii(real, k=5):
 
 
 def coverage(real, fake, radii):
-    """Share of the real features [N, d] with a fake one within their radii (Naeem et al. 2020)."""
+    """Share of the real features [N, d] that have a fake one within their own radius."""
     nearest = torch.cat([torch.cdist(batch, fake).amin(1) for batch in real.split(1000)])
     return (nearest < radii).double().mean().item()
 
@@ -277,7 +288,7 @@ def coverage(real, fake, radii):
 def sets_of_fakes(real, fake):
     """The fake features in sets as large as the real set, since the distance depends on the size.
 
-    What is left over is not used; fewer fake features than real ones are one set.
+    A remainder is dropped. If there are fewer fake features than real ones, they are one set.
     """
     n_sets = max(1, len(fake) // len(real))
     return fake[:n_sets * len(real)].split(len(real))
@@ -295,7 +306,7 @@ def mean_coverage(real, fake):
 
 
 def nearest_distance(pixels, train_pixels):
-    """Distance of each image [N, 784] to the nearest training image, [N], of pixels / 255."""
+    """Euclidean distance to the nearest training image: uint8 [N, 784] -> [N], for pixels / 255."""
     train_images = train_pixels.float() / 255
     nearest = []
     for batch in pixels.float().split(250):
@@ -307,7 +318,10 @@ def score(pixels, classifier, train_images, test_images):
     """Compare samples, uint8 [N, 784], with the test images, and 2000 also with training images.
 
     Fréchet distance and coverage are means over sets of samples as large as the test set.
-    fid_set_std is the standard deviation of the distance over these sets, or None for a single one.
+    fid_set_std: standard deviation of the distance over these sets; None if there is only one.
+    confident_share: share of samples whose most likely digit has a probability above 0.9.
+    nearest_train_distance: median distance to the nearest training image; see nearest_distance.
+    class_shares: share of each digit.
     """
     fake, probabilities = classify(classifier, pixels)
     real, _ = classify(classifier, test_images)
@@ -324,22 +338,23 @@ def score(pixels, classifier, train_images, test_images):
 
 
 def slerp(start, end, n=9):
-    """n points [n, d] from start to end, for equal norms on a sphere at equal angles.
+    """n points [n, d] from start to end, at equal angles; on a sphere if the norms are equal.
 
     Shoemake (1985), Animating rotation with quaternion curves.
     """
     cosine = F.cosine_similarity(start, end, dim=0).clamp(-1, 1)
     angle = torch.acos(cosine).clamp(min=1e-4)  # not 0 / 0 if start and end are the same
-    weight = torch.sin(torch.linspace(0, 1, n) * angle) / torch.sin(angle)
-    weight = weight.unsqueeze(1)  # [n, 1], from 0 to 1
-    return weight.flip(0) * start + weight * end
+    t = torch.linspace(0, 1, n).unsqueeze(1)  # [n, 1]
+    points = torch.sin((1 - t) * angle) * start + torch.sin(t * angle) * end
+    return points / torch.sin(angle)
 
 
 # --------------------------------------------------------------------------------------- figures
 def save_curves(rows, filename, fid_floor):
     """Losses of each epoch, with their values at equilibrium, and the Fréchet distance.
 
-    The distance is that of samples to the validation images; fid_floor is that of test images.
+    The distance is that of samples to the validation images. fid_floor, the distance between the
+    validation and the test images, shows what is good.
     """
     from matplotlib.figure import Figure  # not pyplot, which looks for a display
     figure = Figure(figsize=(6, 2.4), layout="constrained")
@@ -359,7 +374,7 @@ def save_curves(rows, filename, fid_floor):
     fids = [row["val_fid"] for row in measured]
     epochs = [row["epoch"] for row in measured]
     right.plot(epochs, fids, ".-", label=f"samples (best {min(fids):.2f})")
-    label = f"test images ({fid_floor:.2f})"
+    label = f"test images ({fid_floor:.2f})"  # at this distance from the validation images
     right.axhline(fid_floor, color="black", linestyle=":", label=label)
     right.set(xlabel="epoch", ylabel="Fréchet distance", ylim=(0, 2.5 * max(fid_floor, min(fids))))
     right.legend()
@@ -380,11 +395,12 @@ def save_samples(generator, filename):
 
 
 def save_interpolation(generator, classifier, filename):
-    """Nine images between two samples of different digits (question 2.7).
+    """Nine images from one sample to another, of a different digit (question 2.7).
 
-    They are those, of 1000, of whose digits the classifier is surest. The path is spherical, since
-    noise z ~ N(0, I) lies near a sphere, of radius sqrt(latent_dim). Returns the digits at its
-    ends and their probabilities.
+    The ends are the sample, of 1000, for which the classifier has the highest probability, and the
+    one with the highest among those of other digits. The path is spherical, since noise
+    z ~ N(0, I) lies near a sphere, of radius sqrt(latent_dim). Returns the digits at the ends and
+    their probabilities.
     """
     z = noise(1000, generator.latent_dim, seed=2)
     _, probabilities = classify(classifier, generate(generator, z))  # [1000, 10]
@@ -402,7 +418,7 @@ def save_interpolation(generator, classifier, filename):
 
 # --------------------------------------------------------------------------- the files of a run
 def run_dir(args):
-    """The folder of the run. Runs on glyphs have their own, so that MNIST's figures are safe."""
+    """The folder of the run. Runs on glyphs have another, so that MNIST's figures are safe."""
     if args.out_dir:
         return args.out_dir
     name = "gan"
@@ -416,7 +432,7 @@ def first_line(error):
 
 
 def save(content, path):
-    """torch.save by way of a temporary file: an interruption leaves the old file intact."""
+    """torch.save via a temporary file, so that an interruption leaves the old file intact."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         torch.save(content, temporary)
@@ -431,7 +447,7 @@ def save(content, path):
 def load_checkpoint(path):
     """The content of a checkpoint.pt or weights.pt. Raises OSError for any other file."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)  # it cannot run code
+        content = torch.load(path, map_location="cpu", weights_only=True)  # runs no code in it
         if content["format"] == FORMAT:
             return content
     except Exception:  # torch raises exceptions of many types
@@ -449,7 +465,7 @@ def load_model(checkpoint, device="cpu"):
 
 
 def keep_unfinished_run(out_dir):
-    """Rename the checkpoint of a run that has no results, so that a new run does not replace it."""
+    """Rename the checkpoint of an unfinished run, so that a new run does not overwrite it."""
     checkpoint = out_dir / "checkpoint.pt"
     if checkpoint.exists() and not (out_dir / "results.json").exists():
         kept = out_dir / f"checkpoint-{time.strftime('%Y%m%d-%H%M%S')}.pt"
@@ -466,7 +482,7 @@ def write_metrics(rows, path):
 
 
 def peak_memory_mb(device):
-    """The most memory that this run has used: of the GPU, or of the process; None on Windows."""
+    """The run's peak memory in MiB, on a GPU the GPU's; None for a CPU on Windows."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2 ** 20
     try:
@@ -480,7 +496,7 @@ def peak_memory_mb(device):
 
 
 def processor_name(device):
-    """The name of the GPU or, as far as the system tells it, of the CPU."""
+    """The name of the GPU or, if the system reports it, of the CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -493,16 +509,22 @@ def processor_name(device):
 
 
 # ------------------------------------------------------------------------------------------ main
-def usable_device():
+def fault_of(device):
+    """Why torch cannot use this device, in one line; None if it can."""
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # torch raises exceptions of many types
+        return first_line(error)
+
+
+def default_device():
     """cuda or mps, if there is such a GPU and torch can use it, otherwise cpu."""
     for device, backend in [("cuda", torch.cuda), ("mps", torch.backends.mps)]:
         if backend.is_available():
-            try:
-                torch.zeros(1, device=device).item()
+            fault = fault_of(device)
+            if fault is None:
                 return device
-            except Exception as error:  # torch raises exceptions of many types
-                print(f"{device} cannot be used, so the CPU is: {first_line(error)}",
-                      file=sys.stderr)
+            print(f"{device} cannot be used, using the CPU instead: {fault}", file=sys.stderr)
     return "cpu"
 
 
@@ -536,38 +558,33 @@ def parse_args(argv=None):
                        help="auto: MNIST or, if that is not available, glyphs (digits drawn in "
                             "fonts) (default: %(default)s)")
     group.add_argument("--data_dir", type=user_path, default=DATA_DIR,
-                       help="folder of the data (default: %(default)s)")
+                       help="data folder (default: %(default)s)")
     group.add_argument("--out_dir", type=user_path,
-                       help="folder of the run (default: report/figures/gan)")
+                       help="output folder (default: report/figures/gan)")
     group.add_argument("--save_interval", type=int, default=0,
-                       help="draw samples every so many batches (default: never)")
+                       help="draw samples every N batches (default: never)", metavar="N")
 
     group = parser.add_argument_group("instead of a full new run").add_mutually_exclusive_group()
     group.add_argument("--dry_run", action="store_true",
-                       help="a few batches of everything, in a temporary folder or in --out_dir")
+                       help="run every step on a few batches, in a temporary folder, or --out_dir")
     group.add_argument("--resume", action="store_true",
-                       help="continue the run in its folder, with its own settings")
+                       help="continue the unfinished run in the output folder, with its settings")
     group.add_argument("--sample", type=int, metavar="N",
                        help="write N samples of the trained model to samples.npz and samples.png")
     group.add_argument("--score", type=user_path, metavar="FILE",
                        help="compare the images in an .npz file with the test images")
 
     args = parser.parse_args(argv)
-    blank = argparse.Namespace(**dict.fromkeys(vars(args)))  # argparse has no simpler way to tell
-    given = parser.parse_args(argv, blank)                   # which flags were given
-    args.flags = [name for name, value in vars(given).items() if value is not None]
     lowest = {"latent_dim": 2, "epochs": 1, "batch_size": 2, "lr": 1e-9, "seed": 0, "sample": 1}
     for name, low in lowest.items():
         value = getattr(args, name)
         if value is not None and not low <= value < 2 ** 31:
             parser.error(f"--{name} must be between {low} and {2 ** 31 - 1}")
     if args.device is None:
-        args.device = usable_device()
-    try:
-        torch.zeros(1, device=args.device).item()
-    except Exception as error:  # torch raises exceptions of many types
-        parser.error(f"--device {args.device} cannot be used ({first_line(error)}): "
-                     "try --device cpu")
+        args.device = default_device()
+    fault = fault_of(args.device)
+    if fault is not None:
+        parser.error(f"--device {args.device} cannot be used ({fault}): try --device cpu")
     return args
 
 
@@ -605,24 +622,26 @@ def read_images(path):
         print(f"not images, and not scored: {description}", file=sys.stderr)
     for name, pixels in images.items():
         if len(pixels) < 10_000:
-            print(f"warning: fewer than 10,000 images in {name} have a larger Fréchet distance",
-                  file=sys.stderr)
+            print(f"warning: {name} has fewer than 10,000 images, which makes its Fréchet distance "
+                  "larger", file=sys.stderr)
         if pixels.max() <= 1:
-            print(f"warning: no pixel of {name} is above 1, and white is 255", file=sys.stderr)
+            print(f"warning: no pixel of {name} is above 1, but white should be 255",
+                  file=sys.stderr)
     return images
 
 
 def write_scores(args):
     """--score: compare the images in a file, and the validation images, with the test images.
 
-    The classifier has seen neither the validation nor the test images.
+    The classifier has seen neither the validation nor the test images. The scores are printed and
+    written to scores.json, beside the file.
     """
-    samples = read_images(args.score)
+    image_sets = read_images(args.score)
     data = load(args.dataset, args.data_dir)
-    samples["validation images"] = data.val.images
-    classifier = train_classifier(*data.train)
+    image_sets["validation images"] = data.val.images
+    classifier = train_classifier(data.train.images, data.train.labels)
     scores = {}
-    for name, pixels in samples.items():
+    for name, pixels in image_sets.items():
         scores[name] = score(pixels, classifier, data.train.images, data.test.images)
         for key, value in scores[name].items():
             if value is not None:
@@ -636,21 +655,19 @@ def main(args):
         args.out_dir = run_dir(args)
         checkpoint = load_checkpoint(args.out_dir / "checkpoint.pt")
         settings = checkpoint["settings"]
-        for name in SETTINGS:
-            if name in args.flags and getattr(args, name) != settings[name]:
-                print(f"--{name} is ignored: the run continues with its own, {settings[name]}",
-                      file=sys.stderr)
         vars(args).update(settings)
+        print(f"the run continues with its own settings, and no others: {settings}")
 
     # Data
     data = load(args.dataset, args.data_dir)
-    if checkpoint and data.md5 != args.dataset_md5:
-        raise DataError(f"the run in {args.out_dir} began with other images: "
-                        "give their --data_dir, or start again")
-    args.dataset = data.name  # no longer auto
+    if checkpoint and data.md5 != settings["dataset_md5"]:
+        raise DataError(f"the run in {args.out_dir} was started with other images: "
+                        "pass their folder with --data_dir, or start a new run")
+    args.dataset = data.name  # mnist or glyphs, no longer auto: run_dir depends on it
     args.dataset_md5 = data.md5
     train_set, val_set, test_set = data.train, data.val, data.test
     if args.dry_run:
+        # Each is a named tuple of images and labels
         train_set = train_set._make(part[:4 * args.batch_size] for part in train_set)
         val_set = val_set._make(part[:200] for part in val_set)
         test_set = test_set._make(part[:200] for part in test_set)
@@ -660,8 +677,8 @@ def main(args):
     out_dir = args.out_dir = run_dir(args)
     out_dir.mkdir(parents=True, exist_ok=True)
 
-    # Models. The random numbers of an epoch are seeded with 10,000 * seed + epoch, where epoch 0 is
-    # the initialisation. So a run can be resumed without saving the state of torch's generator.
+    # Models. Epoch e is seeded with 10,000 * seed + e, and epoch 0 is the initialization. So a run
+    # can be resumed without saving the state of the random number generator.
     torch.manual_seed(10_000 * args.seed)
     generator = Generator(args.latent_dim).to(args.device)
     discriminator = Discriminator().to(args.device)
@@ -669,15 +686,16 @@ def main(args):
     optimizer_G = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.0, 0.99), fused=True)
     optimizer_D = torch.optim.Adam(
         discriminator.parameters(), args.lr / 2, betas=(0.0, 0.99), fused=True)
-    n_batches = max(1, len(images) // args.batch_size)  # no smaller last batch, for batch norm
-    n_images = min(len(images), n_batches * args.batch_size)  # in an epoch
-    # The rates fall to one half in 20 epochs and stay there: at lower ones D memorises.
+    # A smaller last batch, whose mean and variance would be noisier, is left out.
+    n_batches = max(1, len(images) // args.batch_size)
+    n_images = min(len(images), n_batches * args.batch_size)  # used in an epoch
+    # The rates fall to one half in 20 epochs and then stay: at lower ones D memorises the images.
     schedule_G = torch.optim.lr_scheduler.LinearLR(optimizer_G, 1, 0.5, 20 * n_batches)
     schedule_D = torch.optim.lr_scheduler.LinearLR(optimizer_D, 1, 0.5, 20 * n_batches)
     n_parameters_G = sum(p.numel() for p in generator.parameters())
     n_parameters_D = sum(p.numel() for p in discriminator.parameters())
-    print(f"{data.name}, {n_parameters_G:,} + {n_parameters_D:,} parameters, {args.device}; "
-          f"writing to {out_dir}")
+    print(f"{data.name}, {n_parameters_G:,} (G) and {n_parameters_D:,} (D) parameters, "
+          f"{args.device}; writing to {out_dir}")
 
     # Resume
     parts = {
@@ -689,7 +707,7 @@ def main(args):
         "schedule_G": schedule_G,
         "schedule_D": schedule_D,
     }
-    rows = []  # of metrics.csv, one per epoch
+    rows = []  # one per epoch, for metrics.csv
     best = None  # the averaged weights of the epoch with the best validation Fréchet distance
     if checkpoint:
         rows = checkpoint["rows"]
@@ -700,19 +718,19 @@ def main(args):
         keep_unfinished_run(out_dir)
         save_samples(averaged, out_dir / "samples_start.png")
 
-    # The yardstick: Fréchet distances are between features of a classifier, which is trained now
-    classifier = train_classifier(*train_set)
+    # Fréchet distances compare features of a classifier, which is trained first
+    classifier = train_classifier(train_set.images, train_set.labels)
     real, _ = classify(classifier, val_set.images)
-    val_noise = noise(len(train_set.images), args.latent_dim, seed=0)
+    val_noise = noise(5 * len(val_set.images), args.latent_dim, seed=0)
 
     # Epochs
     for epoch in range(len(rows) + 1, args.epochs + 1):
         start = time.time()
         torch.manual_seed(10_000 * args.seed + epoch)
-        learning_rate = schedule_G.get_last_lr()[0]  # of the epoch's first update
+        learning_rate = schedule_G.get_last_lr()[0]  # at the epoch's first update
         shuffled = images[torch.randperm(len(images))]
         dataloader = shuffled[:n_images].split(args.batch_size)
-        generator.train(epoch <= BATCH_NORM_EPOCHS)
+        generator.train(epoch <= BATCH_NORM_EPOCHS)  # later batch norm is in eval mode
         loss_D, loss_G = train(
             dataloader, discriminator, generator, optimizer_G, optimizer_D,
             (schedule_G, schedule_D), averaged, (epoch - 1) * n_batches, args.save_interval,
@@ -741,7 +759,7 @@ def main(args):
         if val_fid == np.nanmin([row["val_fid"] for row in rows]):
             best = copy.deepcopy(averaged.state_dict())
         write_metrics(rows, out_dir / "metrics.csv")
-        (out_dir / "results.json").unlink(missing_ok=True)  # of an earlier run
+        (out_dir / "results.json").unlink(missing_ok=True)  # its absence marks an unfinished run
         settings = {name: getattr(args, name) for name in SETTINGS}
         content = {name: part.state_dict() for name, part in parts.items()}
         content.update(format=FORMAT, latent_dim=args.latent_dim, best=best, rows=rows,
@@ -752,8 +770,9 @@ def main(args):
     # Test
     averaged.load_state_dict(best)
     averaged.cpu()
-    save(averaged.state_dict(), out_dir / "mnist_generator.pt")  # as the template does
-    samples = generate(averaged, noise(4 * len(train_set.images), args.latent_dim, seed=1))
+    save(averaged.state_dict(), out_dir / "mnist_generator.pt")  # as in the template
+    test_noise = noise(20 * len(test_set.images), args.latent_dim, seed=1)
+    samples = generate(averaged, test_noise)
     scores = score(samples, classifier, train_set.images, test_set.images)
     reference = score(val_set.images, classifier, train_set.images, test_set.images)
     _, probabilities = classify(classifier, test_set.images)
@@ -764,7 +783,7 @@ def main(args):
     weights = {"format": FORMAT, "latent_dim": args.latent_dim, "best": best}
     save(weights, out_dir / "weights.pt")
 
-    seconds = sum(row["seconds"] for row in rows)
+    train_seconds = sum(row["seconds"] for row in rows)
     measured = {row["epoch"]: row["val_fid"] for row in rows if not math.isnan(row["val_fid"])}
     best_epoch = min(measured, key=measured.get)
     results = {name: getattr(args, name) for name in SETTINGS}
@@ -775,15 +794,15 @@ def main(args):
         torch=torch.__version__,
         parameters=n_parameters_G + n_parameters_D,
         parameters_generator=n_parameters_G,
-        train_seconds=seconds,
-        images_per_s=n_images * len(rows) / seconds,
+        train_seconds=train_seconds,
+        images_per_s=n_images * len(rows) / train_seconds,
         peak_memory_mb=peak_memory_mb(args.device),
         classifier_test_accuracy=accuracy,
         best_epoch=best_epoch,
         val_fid=measured[best_epoch],
         **scores,
         fid_floor=reference["fid"],
-        reference=reference,  # validation images, measured like the samples
+        reference=reference,  # validation images, scored like the samples
         interpolation=interpolation)
     (out_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"test: Fréchet distance {scores['fid']:.2f} "
@@ -791,9 +810,9 @@ def main(args):
 
 
 if __name__ == "__main__":
-    # Lines are written at once, also to a file; characters that a console lacks are replaced.
+    # Write each line at once, even to a file, and replace characters that the console lacks.
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
-    # The user's own settings of matplotlib neither stop a run nor change its figures.
+    # Ignore the user's own settings of matplotlib, which can change figures or stop a run.
     os.environ["MPLBACKEND"] = "agg"
     import matplotlib
     matplotlib.rcdefaults()
@@ -820,6 +839,6 @@ if __name__ == "__main__":
                  "use a smaller --batch_size, or --device cpu")
     except (DataError, FloatingPointError, OSError) as error:
         message = str(error)
-        if isinstance(error, OSError) and error.errno and not error.filename:  # the disk is full
+        if isinstance(error, OSError) and error.errno and not error.filename:  # as on a full disk
             message += f", in {run_dir(arguments)}"
         sys.exit(f"{Path(__file__).name}: error: {message}")

@@ -1,11 +1,12 @@
 """Variational autoencoder on binarized MNIST (hand-out questions 1.12 to 1.15).
 
     python a3_vae.py --zdim 20      # figures and results in report/figures/vae_z20
-    python a3_vae.py --zdim 2       # the same and the data manifold, in report/figures/vae_z2
+    python a3_vae.py --zdim 2       # the same, plus the data manifold, in report/figures/vae_z2
 
-Expect a test ELBO of -86.3 and log p(x) >= -83.2 nats per image (-133.4 and -131.0 with --zdim 2),
-after 10 minutes of training on two CPU cores. The model is that of Kingma & Welling (2014),
-Auto-Encoding Variational Bayes, with residual blocks.
+Expect a test ELBO of about -86.3 nats per image (-133.4 with --zdim 2), and a bound on log p(x) of
+-83.2 (-131.0). Training takes 10 to 20 minutes on a CPU, and the test up to 9 more. The objective
+is that of Kingma & Welling (2014), Auto-Encoding Variational Bayes. Encoder and decoder are
+convolutional residual networks.
 """
 
 import argparse
@@ -29,10 +30,11 @@ from tqdm import tqdm
 
 from datasets import DATA_DIR, DataError, load_binarized
 
-MAX_GRAD_NORM = 100  # gradient clipping: only rare outliers exceed it
+MAX_GRAD_NORM = 100  # for gradient clipping: only rare outliers exceed it
 IW_SAMPLES = 256  # samples of z per test image in the importance-weighted bound on log p(x)
 FIGURES = Path(__file__).resolve().parents[1] / "report" / "figures"
-FORMAT = "a3_vae 4"  # of checkpoints; files of another script or version are rejected
+FORMAT = "a3_vae 4"  # version of the saved files; others are rejected
+# These attributes of args are stored in a checkpoint and restored by --resume
 SETTINGS = "zdim", "epochs", "batch_size", "lr", "seed", "dataset", "dataset_md5", "dry_run"
 
 
@@ -45,6 +47,7 @@ class Residual(nn.Sequential):
 
 
 def dense_block(n):
+    """[B, n] -> [B, n]. Each layer comes after its nonlinearity."""
     return Residual(
         nn.SiLU(),
         nn.Linear(n, n),
@@ -53,6 +56,7 @@ def dense_block(n):
 
 
 def convolutional_block(channels):
+    """[B, channels, H, W] -> the same shape."""
     return Residual(
         nn.SiLU(),
         nn.Conv2d(channels, channels, 3, padding=1),
@@ -82,7 +86,7 @@ class Encoder(nn.Module):
     def forward(self, x):
         """x [B, 784] in {0, 1} -> mean and std, each [B, z_dim], std > 0."""
         mean, log_std = self.net(x).chunk(2, dim=1)
-        std = log_std.clamp(-8, 4).exp()  # bounded, so that the KL divergence is finite
+        std = log_std.clamp(-8, 4).exp()  # bounded, so that neither std nor its log overflows
         return mean, std
 
 
@@ -91,7 +95,7 @@ class Decoder(nn.Module):
 
     def __init__(self, hidden_dim=256, z_dim=20):
         super().__init__()
-        self.logits = nn.Sequential(  # z [B, z_dim] -> log(f(z) / (1 - f(z))), [B, 784]
+        self.logits = nn.Sequential(  # a network: z [B, z_dim] -> log(f(z) / (1 - f(z))), [B, 784]
             nn.Linear(z_dim, hidden_dim),          # [B, hidden_dim]
             dense_block(hidden_dim),
             nn.SiLU(),
@@ -100,7 +104,7 @@ class Decoder(nn.Module):
             convolutional_block(32),
             nn.SiLU(),
             nn.Conv2d(32, 4 * 32, 3, padding=1),   # [B, 128, 7, 7]
-            nn.PixelShuffle(2),                    # [B, 32, 14, 14]
+            nn.PixelShuffle(2),                    # [B, 32, 14, 14]: 4 channels to 2 x 2 pixels
             convolutional_block(32),
             nn.SiLU(),
             nn.Conv2d(32, 4, 3, padding=1),        # [B, 4, 14, 14]
@@ -120,25 +124,25 @@ class VAE(nn.Module):
         self.decoder = Decoder(hidden_dim, z_dim)
 
     def forward(self, x):
-        """x [B, 784] in {0, 1} -> average negative ELBO, a scalar: equation 12 with one z."""
+        """x [B, 784], floats 0 and 1 -> average negative ELBO: equation 12, one z per image."""
         check_binary(x)
         mean, std = self.encoder(x)
         z = mean + std * torch.randn_like(std)  # the reparametrization trick, question 1.11
-        reconstruction = log_p_x_given_z(x, self.decoder.logits(z))  # [B]
+        log_likelihood = log_p_x_given_z(x, self.decoder.logits(z))  # [B]
         if self.z_dim > 2:
-            # An estimate of the KL from one z. What detach() leaves out of its gradient has the
-            # expectation 0, so that the gradient stays unbiased and is less noisy (Roeder et al.
-            # 2017, Sticking the landing). This and the fading of the shifts gain 0.6 nats together.
+            # An estimate of the KL from one z, through which the encoder gets its gradient. What
+            # detach() leaves out of the gradient has the expectation 0, so that the gradient stays
+            # unbiased and is less noisy (Roeder et al. 2017, Sticking the landing).
             kl = log_q_over_p(z, mean.detach(), std.detach())        # [B]
         else:
             kl = kl_divergence(mean, std)  # trains better with few dimensions
-        return (kl - reconstruction).mean()
+        return (kl - log_likelihood).mean()
 
     @torch.no_grad()
     def sample(self, n_samples):
         """z ~ N(0, I), then x ~ p(x|z) (question 1.2).
 
-        Returns draws in {0, 1} and the Bernoulli means they are drawn with, [n_samples, 784] each.
+        Returns draws in {0, 1} and the Bernoulli means they are drawn from, [n_samples, 784] each.
         """
         device = next(self.parameters()).device
         z = torch.randn(n_samples, self.z_dim)  # on the CPU: the same noise on every device
@@ -148,9 +152,9 @@ class VAE(nn.Module):
 
 
 def check_binary(x):
-    """Raise ValueError if a pixel is neither 0 nor 1: others have no Bernoulli likelihood.
+    """Raise ValueError if a pixel is neither 0 nor 1: then there is no Bernoulli likelihood.
 
-    On a GPU nothing is checked, as the CPU would have to wait for it.
+    Images on a GPU are not checked, since the CPU would have to wait for the answer.
     """
     if x.is_cpu and not ((x == 0) | (x == 1)).all():
         raise ValueError(f"pixels must be 0 or 1; these are {x.dtype} from {x.min()} to {x.max()}")
@@ -170,38 +174,40 @@ def kl_divergence(mean, std):
 def log_q_over_p(z, mean, std):
     """log q(z|x) - log p(z), whose mean over z ~ q(z|x) is the KL divergence.
 
-    [..., z_dim] each -> [...], nats.
+    z [..., B, z_dim], mean and std [B, z_dim] -> [..., B], nats. The terms log 2 pi cancel.
     """
     return (0.5 * (z ** 2 - ((z - mean) / std) ** 2) - std.log()).sum(-1)
 
 
 # ----------------------------------------------------------------------- training and evaluation
 def shift_some(images, share):
-    """Shift a `share` of the images [N, 784] by -1, 0 or 1 pixels in x and y: augmentation.
+    """Augmentation: shift a `share` of the images [N, 784] by at most one pixel.
 
-    One in nine of these shifts is by 0 in both directions.
+    These images are dealt into nine groups, one for each shift by -1, 0 or 1 down and right.
     """
     images = images.view(-1, 28, 28).clone()
     chosen = torch.randperm(len(images))[:round(share * len(images))].to(images.device)
     for i, indices in enumerate(chosen.chunk(9)):
         shift = i // 3 - 1, i % 3 - 1
-        images[indices] = images[indices].roll(shift, dims=(1, 2))  # borders are nearly blank
+        # What leaves the image comes back on the other side, but borders are nearly blank.
+        images[indices] = images[indices].roll(shift, dims=(1, 2))
     return images.flatten(1)
 
 
 @torch.no_grad()
 def update_average(averaged, model, n_updates):
     """averaged = decay * averaged + (1 - decay) * model, a moving average of the weights."""
-    decay = (1 + n_updates) / (10 + n_updates)  # averages about the last tenth of all updates
+    decay = (1 + n_updates) / (10 + n_updates)  # over about the last tenth of the updates so far
     for average, current in zip(averaged.parameters(), model.parameters(), strict=True):
         average.lerp_(current, 1 - decay)
 
 
 def epoch_iter(model, data, optimizer, schedule=None, averaged=None, n_updates=0):
-    """One pass over `data`, with updates if the model is in training mode.
+    """One pass over `data`, which updates the model if it is in training mode.
 
     data: an iterable of batches of images, [B, 784] or [B, 1, 28, 28], in {0, 1}, with or without
-    labels. n_updates: updates before this pass, which set the decay of `averaged`.
+    labels, so that the template's loaders can be used as well.
+    n_updates: updates before this pass, which set the decay of `averaged`.
     Returns the average ELBO.
     """
     device = next(model.parameters()).device
@@ -210,7 +216,7 @@ def epoch_iter(model, data, optimizer, schedule=None, averaged=None, n_updates=0
     with torch.set_grad_enabled(model.training):
         for step, batch in enumerate(bar, start=1):
             x = batch[0] if isinstance(batch, (list, tuple)) else batch
-            check_binary(x)
+            check_binary(x)  # before it is on a GPU, where the model does not check it
             x = x.to(device, torch.float32).flatten(1)  # [B, 784]
             loss = model(x)
             if model.training:
@@ -238,7 +244,8 @@ def run_epoch(model, data, optimizer, schedule=None, averaged=None, n_updates=0)
     model.train()
     train_elbo = epoch_iter(model, data[0], optimizer, schedule, averaged, n_updates)
     model.eval()
-    val_elbo = epoch_iter(model if averaged is None else averaged, data[1], optimizer)
+    evaluated = model if averaged is None else averaged.eval()
+    val_elbo = epoch_iter(evaluated, data[1], optimizer=None)
     return train_elbo, val_elbo
 
 
@@ -248,17 +255,19 @@ def evaluate(model, x, k):
 
     The bound is E log(1/k sum_i w_i) with w_i = p(x|z_i) p(z_i) / q(z_i|x) and z_i ~ q(z|x)
     (Burda et al. 2016, equation 8). With k = 1 it is the ELBO; it grows with k, towards log p(x).
+    x holds 0 and 1, of any dtype.
     """
     check_binary(x)
     reconstruction, kl, log_px = 0, 0, 0
-    for batch in tqdm(x.split(2), "test", leave=False, disable=None):  # 2 images, so 2 k codes z
+    for batch in tqdm(x.split(2), "test", leave=False, disable=None):  # 2 images, so 2 k samples z
         batch = batch.float()
         mean, std = model.encoder(batch)                                     # [B, z_dim]
         z = mean + std * torch.randn(k, *mean.shape, device=mean.device)     # [k, B, z_dim]
         logits = model.decoder.logits(z.flatten(0, 1))                       # [k * B, 784]
-        log_p_x_z = log_p_x_given_z(batch.repeat(k, 1), logits).view(k, -1)  # [k, B]
-        log_w = log_p_x_z - log_q_over_p(z, mean, std)                       # [k, B]
-        reconstruction += log_p_x_z.mean(0).sum()
+        log_likelihood = log_p_x_given_z(batch.repeat(k, 1), logits)         # [k * B]
+        log_likelihood = log_likelihood.view(k, -1)                          # [k, B]
+        log_w = log_likelihood - log_q_over_p(z, mean, std)                  # [k, B]
+        reconstruction += log_likelihood.mean(0).sum()
         kl += kl_divergence(mean, std).sum()
         log_px += (log_w.logsumexp(0) - math.log(k)).sum()
     reconstruction = reconstruction.item() / len(x)
@@ -274,7 +283,11 @@ def evaluate(model, x, k):
 
 # --------------------------------------------------------------------------------------- figures
 def save_elbo_plot(train_curve, val_curve, filename, untrained_elbo=None):
-    """Average ELBO of each epoch, nats per image (question 1.13); right, its upper end enlarged."""
+    """Average ELBO of each epoch, nats per image (question 1.13); right, its upper end enlarged.
+
+    Training has the current weights and, for z_dim > 2, some shifted images; validation has the
+    averaged weights.
+    """
     from matplotlib.figure import Figure  # not pyplot, which looks for a display
     figure = Figure(figsize=(6, 2.4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -300,8 +313,8 @@ def save_grid(images, filename, nrow):
 
 
 def save_samples(model, filename):
-    """64 samples (left half) and their means (right half), from the same noise (question 1.14)."""
-    torch.manual_seed(0)
+    """64 samples (left half) and their means (right half), always from the same noise."""
+    torch.manual_seed(0)  # which does not change the training: each epoch sets its own seed
     samples, means = model.sample(64)
     halves = torch.cat([samples.view(8, 8, 784), means.view(8, 8, 784)], dim=1)  # [8, 16, 784]
     save_grid(halves.flatten(0, 1), filename, nrow=16)
@@ -309,7 +322,7 @@ def save_samples(model, filename):
 
 @torch.no_grad()
 def save_manifold(model, filename, n=20):
-    """Decoder means over an n x n grid of z, quantiles 1% to 99% of the prior (question 1.15)."""
+    """Decoder means on an n x n grid of z, at quantiles of the prior from 1% to 99%."""
     device = next(model.parameters()).device
     z = torch.special.ndtri(torch.linspace(0.01, 0.99, n))  # the inverse CDF of N(0, 1)
     z2, z1 = torch.meshgrid(z.flip(0), z, indexing="ij")    # z1 grows to the right, z2 upwards
@@ -319,7 +332,7 @@ def save_manifold(model, filename, n=20):
 
 # --------------------------------------------------------------------------- the files of a run
 def run_dir(args):
-    """The folder of the run. Runs on glyphs have their own, so that MNIST's figures are safe."""
+    """The folder of the run. Runs on glyphs have another, so that MNIST's figures are safe."""
     if args.out_dir:
         return args.out_dir
     name = f"vae_z{args.zdim}"
@@ -333,7 +346,7 @@ def first_line(error):
 
 
 def save(content, path):
-    """torch.save by way of a temporary file: an interruption leaves the old file intact."""
+    """torch.save via a temporary file, so that an interruption leaves the old file intact."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         torch.save(content, temporary)
@@ -348,7 +361,7 @@ def save(content, path):
 def load_checkpoint(path):
     """The content of a checkpoint.pt or weights.pt. Raises OSError for any other file."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)  # it cannot run code
+        content = torch.load(path, map_location="cpu", weights_only=True)  # runs no code in it
         if content["format"] == FORMAT:
             return content
     except Exception:  # torch raises exceptions of many types
@@ -366,7 +379,7 @@ def load_model(checkpoint, device="cpu"):
 
 
 def keep_unfinished_run(out_dir):
-    """Rename the checkpoint of a run that has no results, so that a new run does not replace it."""
+    """Rename the checkpoint of an unfinished run, so that a new run does not overwrite it."""
     checkpoint = out_dir / "checkpoint.pt"
     if checkpoint.exists() and not (out_dir / "results.json").exists():
         kept = out_dir / f"checkpoint-{time.strftime('%Y%m%d-%H%M%S')}.pt"
@@ -383,7 +396,7 @@ def write_metrics(rows, path):
 
 
 def peak_memory_mb(device):
-    """The most memory that this run has used: of the GPU, or of the process; None on Windows."""
+    """The run's peak memory in MiB, on a GPU the GPU's; None for a CPU on Windows."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2 ** 20
     try:
@@ -397,7 +410,7 @@ def peak_memory_mb(device):
 
 
 def processor_name(device):
-    """The name of the GPU or, as far as the system tells it, of the CPU."""
+    """The name of the GPU or, if the system reports it, of the CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -410,16 +423,22 @@ def processor_name(device):
 
 
 # ------------------------------------------------------------------------------------------ main
-def usable_device():
+def fault_of(device):
+    """Why torch cannot use this device, in one line; None if it can."""
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # torch raises exceptions of many types
+        return first_line(error)
+
+
+def default_device():
     """cuda or mps, if there is such a GPU and torch can use it, otherwise cpu."""
     for device, backend in [("cuda", torch.cuda), ("mps", torch.backends.mps)]:
         if backend.is_available():
-            try:
-                torch.zeros(1, device=device).item()
+            fault = fault_of(device)
+            if fault is None:
                 return device
-            except Exception as error:  # torch raises exceptions of many types
-                print(f"{device} cannot be used, so the CPU is: {first_line(error)}",
-                      file=sys.stderr)
+            print(f"{device} cannot be used, using the CPU instead: {fault}", file=sys.stderr)
     return "cpu"
 
 
@@ -453,22 +472,19 @@ def parse_args(argv=None):
                        help="auto: MNIST or, if that is not available, glyphs (digits drawn in "
                             "fonts) (default: %(default)s)")
     group.add_argument("--data_dir", type=user_path, default=DATA_DIR,
-                       help="folder of the data (default: %(default)s)")
+                       help="data folder (default: %(default)s)")
     group.add_argument("--out_dir", type=user_path,
-                       help="folder of the run (default: report/figures/vae_z<zdim>)")
+                       help="output folder (default: report/figures/vae_z<zdim>)")
 
     group = parser.add_argument_group("instead of a full new run").add_mutually_exclusive_group()
     group.add_argument("--dry_run", action="store_true",
-                       help="a few batches of everything, in a temporary folder or in --out_dir")
+                       help="run every step on a few batches, in a temporary folder, or --out_dir")
     group.add_argument("--resume", action="store_true",
-                       help="continue the run in its folder, with its own settings")
+                       help="continue the unfinished run in the output folder, with its settings")
     group.add_argument("--sample", type=int, metavar="N",
                        help="write N samples of the trained model to samples.npz and samples.png")
 
     args = parser.parse_args(argv)
-    blank = argparse.Namespace(**dict.fromkeys(vars(args)))  # argparse has no simpler way to tell
-    given = parser.parse_args(argv, blank)                   # which flags were given
-    args.flags = [name for name, value in vars(given).items() if value is not None]
     if args.lr is None:  # with two dimensions q(z|x) is narrow, and large steps are unstable
         args.lr = 3e-3 if args.zdim > 2 else 1.5e-3
     lowest = {"zdim": 1, "epochs": 1, "batch_size": 1, "lr": 1e-9, "seed": 0, "sample": 1}
@@ -477,12 +493,10 @@ def parse_args(argv=None):
         if value is not None and not low <= value < 2 ** 31:
             parser.error(f"--{name} must be between {low} and {2 ** 31 - 1}")
     if args.device is None:
-        args.device = usable_device()
-    try:
-        torch.zeros(1, device=args.device).item()
-    except Exception as error:  # torch raises exceptions of many types
-        parser.error(f"--device {args.device} cannot be used ({first_line(error)}): "
-                     "try --device cpu")
+        args.device = default_device()
+    fault = fault_of(args.device)
+    if fault is not None:
+        parser.error(f"--device {args.device} cannot be used ({fault}): try --device cpu")
     return args
 
 
@@ -505,49 +519,46 @@ def main(args):
         args.out_dir = run_dir(args)
         checkpoint = load_checkpoint(args.out_dir / "checkpoint.pt")
         settings = checkpoint["settings"]
-        for name in SETTINGS:
-            if name in args.flags and getattr(args, name) != settings[name]:
-                print(f"--{name} is ignored: the run continues with its own, {settings[name]}",
-                      file=sys.stderr)
         vars(args).update(settings)
+        print(f"the run continues with its own settings, and no others: {settings}")
 
     # Data
     data = load_binarized(args.dataset, args.data_dir)
-    if checkpoint and data.md5 != args.dataset_md5:
-        raise DataError(f"the run in {args.out_dir} began with other images: "
-                        "give their --data_dir, or start again")
-    args.dataset = data.name  # no longer auto
+    if checkpoint and data.md5 != settings["dataset_md5"]:
+        raise DataError(f"the run in {args.out_dir} was started with other images: "
+                        "pass their folder with --data_dir, or start a new run")
+    args.dataset = data.name  # mnist or glyphs, no longer auto: run_dir depends on it
     args.dataset_md5 = data.md5
     train, val, test = data.train.images, data.val.images, data.test.images
     if args.dry_run:
-        train, val, test = train[:5 * args.batch_size // 2], val[:200], test[:50]
+        train, val, test = train[:5 * args.batch_size // 2], val[:200], test[:10]  # 2.5 batches
         args.epochs = min(args.epochs, 2)
         args.out_dir = args.out_dir or Path(tempfile.mkdtemp(prefix="a3_vae_"))
     train, val, test = train.to(args.device), val.to(args.device), test.to(args.device)
     out_dir = args.out_dir = run_dir(args)
     out_dir.mkdir(parents=True, exist_ok=True)
 
-    # Model. The random numbers of an epoch are seeded with 10,000 * seed + epoch, where epoch 0 is
-    # the initialisation. So a run can be resumed without saving the state of torch's generator.
+    # Model. Epoch e is seeded with 10,000 * seed + e, and epoch 0 is the initialization. So a run
+    # can be resumed without saving the state of the random number generator.
     torch.manual_seed(10_000 * args.seed)
     model = VAE(z_dim=args.zdim).to(args.device)
-    if args.device != "mps":  # where some versions of torch read such weights wrongly
-        model.to(memory_format=torch.channels_last)  # faster convolutions
+    if args.device != "mps":  # on which some versions of torch misread such weights
+        model.to(memory_format=torch.channels_last)  # for faster convolutions
     averaged = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05, fused=True)
     total_updates = args.epochs * math.ceil(len(train) / args.batch_size)
-    total_updates = max(20, total_updates)  # with 10, OneCycleLR divides by zero
+    total_updates = max(20, total_updates)  # OneCycleLR divides by zero at 10
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.lr, total_updates, pct_start=0.1, cycle_momentum=False)
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"{data.name} ({data.binarization}), {n_parameters:,} parameters, {args.device}; "
           f"writing to {out_dir}")
 
-    untrained_elbo = epoch_iter(averaged, val.split(1000), None)
+    untrained_elbo = epoch_iter(averaged, val.split(1000), optimizer=None)
 
     # Resume
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer, "schedule": schedule}
-    rows = []  # of metrics.csv, one per epoch
+    rows = []  # one per epoch, for metrics.csv
     best = None  # the averaged weights of the epoch with the best validation ELBO
     if checkpoint:
         rows = checkpoint["rows"]
@@ -562,9 +573,10 @@ def main(args):
     for epoch in range(len(rows) + 1, args.epochs + 1):
         start = time.time()
         torch.manual_seed(10_000 * args.seed + epoch)
-        learning_rate = schedule.get_last_lr()[0]  # of the epoch's first update
-        # The share of shifted images. Two dimensions cannot encode a shift as well: with half of
-        # the images shifted, and the learning rate of more dimensions, the ELBO is 7 nats lower.
+        learning_rate = schedule.get_last_lr()[0]  # at the epoch's first update
+        # At first, half of the images are shifted, then ever fewer. Two dimensions have no room to
+        # encode a shift besides the digit: with shifts and a learning rate of 0.003 together, the
+        # ELBO was 7 nats lower.
         share = 0
         if args.zdim > 2:
             share = 0.5 - 0.5 * (epoch - 1) / args.epochs
@@ -591,7 +603,7 @@ def main(args):
         if val_elbo == max(row["val_elbo"] for row in rows):
             best = copy.deepcopy(averaged.state_dict())
         write_metrics(rows, out_dir / "metrics.csv")
-        (out_dir / "results.json").unlink(missing_ok=True)  # of an earlier run
+        (out_dir / "results.json").unlink(missing_ok=True)  # its absence marks an unfinished run
         settings = {name: getattr(args, name) for name in SETTINGS}
         content = {name: part.state_dict() for name, part in parts.items()}
         content.update(format=FORMAT, zdim=args.zdim, best=best, rows=rows,
@@ -612,7 +624,7 @@ def main(args):
     weights = {"format": FORMAT, "zdim": args.zdim, "best": best}
     save(weights, out_dir / "weights.pt")
 
-    seconds = sum(row["seconds"] for row in rows)
+    train_seconds = sum(row["seconds"] for row in rows)
     results = {name: getattr(args, name) for name in SETTINGS}
     results.update(
         device=args.device,
@@ -620,8 +632,8 @@ def main(args):
         python=platform.python_version(),
         torch=torch.__version__,
         parameters=n_parameters,
-        train_seconds=seconds,
-        images_per_s=len(train) * len(rows) / seconds,
+        train_seconds=train_seconds,
+        images_per_s=len(train) * len(rows) / train_seconds,
         peak_memory_mb=peak_memory_mb(args.device),
         binarization=data.binarization,
         untrained_elbo=untrained_elbo,
@@ -634,9 +646,9 @@ def main(args):
 
 
 if __name__ == "__main__":
-    # Lines are written at once, also to a file; characters that a console lacks are replaced.
+    # Write each line at once, even to a file, and replace characters that the console lacks.
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
-    # The user's own settings of matplotlib neither stop a run nor change its figures.
+    # Ignore the user's own settings of matplotlib, which can change figures or stop a run.
     os.environ["MPLBACKEND"] = "agg"
     import matplotlib
     matplotlib.rcdefaults()
@@ -661,6 +673,6 @@ if __name__ == "__main__":
                  "use a smaller --batch_size, or --device cpu")
     except (DataError, FloatingPointError, OSError) as error:
         message = str(error)
-        if isinstance(error, OSError) and error.errno and not error.filename:  # the disk is full
+        if isinstance(error, OSError) and error.errno and not error.filename:  # as on a full disk
             message += f", in {run_dir(arguments)}"
         sys.exit(f"{Path(__file__).name}: error: {message}")

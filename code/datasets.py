@@ -5,8 +5,9 @@
     data.train.images                # [50000, 784] uint8
 
 "mnist" is read from `data_dir`, or downloaded into it. "glyphs" are distorted digits in
-matplotlib's fonts, for work without a network. "auto" is MNIST if it is available, otherwise
-glyphs, with a warning. Of MNIST's training images the last 10,000 are for validation.
+matplotlib's fonts, for work without a network. "auto" is MNIST if it is on disk or can be
+downloaded, otherwise glyphs, with a warning. The last 10,000 of MNIST's training images are the
+validation images.
 """
 
 import gzip
@@ -28,7 +29,7 @@ DATA_DIR = Path(__file__).resolve().parents[1] / "data"
 if os.environ.get("A3_DATA_DIR"):
     DATA_DIR = Path(os.environ["A3_DATA_DIR"]).expanduser()
 SIZES = [50_000, 10_000, 10_000]  # training, validation, test
-MNIST_MD5 = {  # of the uncompressed files
+MNIST_MD5 = {  # the MD5 of each file, uncompressed
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
@@ -36,7 +37,7 @@ MNIST_MD5 = {  # of the uncompressed files
 }
 LAROCHELLE_URL = "https://github.com/mgermain/MADE/releases/download/ICML2015/binarized_mnist.npz"
 LAROCHELLE_SHA256 = "af10774d1da7e037c2f2d0388e6fd51e99f03d8878b72c15c86e0ca91c1424b2"  # of the npz
-LAROCHELLE_MD5 = {  # of the pixels as uint8 0 and 1, row after row
+LAROCHELLE_MD5 = {  # the MD5 of the pixels as uint8 0 and 1, row after row
     "train": "8d4f0427d6c2572b5e9994e08bad66de",
     "valid": "3e33becd40c694040e5e6c812e2f4b50",
     "test": "fc34623e13bd64fed2f8b61365198339",
@@ -72,7 +73,7 @@ def corrupt(path, reason):
 def load(name="auto", data_dir=DATA_DIR):
     """The images in grey levels 0..255, as a Dataset; `name` is "auto", "mnist" or "glyphs".
 
-    Raises DataError for a corrupt file, or if "mnist" is asked for but not to be had.
+    Raises DataError for a corrupt file, or if "mnist" is requested but unavailable.
     """
     if name != "glyphs":
         try:
@@ -81,14 +82,15 @@ def load(name="auto", data_dir=DATA_DIR):
             if name == "mnist":
                 raise
             frame = "!" * 100
-            print(frame, f"!!  NO MNIST: {error}", "!!  USING GLYPHS INSTEAD, digits drawn in "
-                  "fonts: no number and no figure of this run is about MNIST.", frame,
-                  sep="\n", file=sys.stderr)
+            print(frame, f"!!  NO MNIST: {error}",
+                  "!!  USING GLYPHS INSTEAD, digits drawn in fonts: no result of this run is "
+                  "about MNIST.",
+                  frame, sep="\n", file=sys.stderr)
     return load_glyphs(Path(data_dir) / "glyphs.npz")
 
 
 def load_binarized(name="auto", data_dir=DATA_DIR):
-    """The images with pixels in {0, 1}, always the same ones; arguments and errors as for `load`.
+    """The images with pixels in {0, 1}, the same in each run; arguments and errors as for `load`.
 
     For MNIST this is Larochelle's binarization (Larochelle & Murray 2011), if it is available.
     Otherwise each pixel is drawn once, from a fixed seed, and is 1 with probability grey level /
@@ -141,7 +143,7 @@ def read(path):
         if not path.exists():
             return None
         content = path.read_bytes()
-        if content.startswith(b"\x1f\x8b"):  # a name is no proof: browsers unpack some .gz files
+        if content.startswith(b"\x1f\x8b"):  # some browsers unpack a .gz file but keep its name
             content = gzip.decompress(content)
         return content
     except Exception as error:  # gzip raises exceptions of many types
@@ -149,7 +151,10 @@ def read(path):
 
 
 def read_npz(path, names):
-    """The arrays with these names in an .npz file, as uint8. Raises DataError if that fails."""
+    """The arrays with these names in an .npz file, as uint8.
+
+    Raises DataError if they cannot be read.
+    """
     try:
         with np.load(path) as arrays:
             return [arrays[name].astype(np.uint8, order="C") for name in names]
@@ -158,8 +163,9 @@ def read_npz(path, names):
 
 
 def download(what, missing, folder, fetch):
-    """Call fetch(temporary folder), which downloads files and returns their paths, and copy them.
+    """Download files with fetch(temporary folder), which returns their paths, and copy them.
 
+    `what` and `missing` are for messages: what is downloaded, and what is missing without it.
     Raises UnavailableError if that fails. No partial file, and no empty folder, is left behind.
     """
     print(f"downloading {what} to {folder} ...")
