@@ -3,15 +3,16 @@
     python a3_nf.py                     # figures and results in report/figures/nf
     python a3_nf.py --n_mixtures 0      # RealNVP, in report/figures/nf_affine
 
-There are two models. RealNVP (Dinh et al. 2017, Density estimation using Real NVP), with affine
-couplings and checkerboard masks, is the flow that the hand-out describes. The default model gives
-better samples and needs fewer bits. It is a multi-scale autoregressive model, as in Reed et al.
-(2017), Parallel multiscale autoregressive density estimation, written as a flow: each pixel is
-changed once, by a function that depends on pixels of the image alone, never on latent variables.
-That function is the CDF of a mixture, as in Ho et al. (2019), Flow++.
+The script has two models. The first is RealNVP (Dinh et al. 2017, Density estimation using Real
+NVP), the flow that the hand-out describes, with affine couplings and checkerboard masks. The
+second, which is the default, needs fewer bits and gives better samples. It is a multi-scale
+autoregressive model, as in Reed et al. (2017), Parallel multiscale autoregressive density
+estimation, written as a flow. Each pixel is transformed exactly once, by the CDF of a mixture, as
+in Ho et al. (2019), Flow++. The mixture depends on other pixels of the original image. The later
+couplings of RealNVP, by contrast, depend on pixels that earlier ones have already transformed.
 
-Expect 0.962 bits per dimension on the test set, with one draw of the dequantization noise, after
-about two hours on one CPU core. The hand-out's target of 1.85 is passed in the first epoch.
+Expect 0.966 bits per dimension on the test set, with one draw of the dequantization noise, after
+67 minutes on two CPU cores. The first epoch already ends below the hand-out's target of 1.85.
 """
 
 import argparse
@@ -35,22 +36,22 @@ from tqdm import tqdm
 
 from datasets import DATA_DIR, DataError, load
 
-EMA_DECAY = 0.999  # of the averaged weights, per update
-MAX_GRAD_NORM = 1  # gradient clipping: only rare outliers exceed it
-AUTOREGRESSIVE_LR = 0.5  # learning rate of the autoregressive layer, as a share of --lr
-INPUT_DROPOUT = 0.1  # of the autoregressive layer, which learns to forgive its own errors
-COMMON_LEVELS = 0, 252, 253, 254, 255  # grey levels of 88% of MNIST's pixels
-STANDARD_WEIGHT = 1e-5  # of the standard logistic that is a component of every mixture
-IW_SAMPLES = 8  # draws of the dequantization noise per test image in the tighter bound
+MAX_GRAD_NORM = 1  # for gradient clipping: only rare outliers exceed it
+AUTOREGRESSIVE_LR_FACTOR = 0.5  # the autoregressive layer learns at this share of --lr
+COMMON_LEVELS = 0, 252, 253, 254, 255  # 88% of MNIST's pixels have one of these grey levels
+STANDARD_WEIGHT = 1e-5  # weight of the standard logistic, a component of every mixture
+IW_SAMPLES = 8  # draws of the dequantization noise per test image in the importance-weighted bound
 TARGET_BPD = 1.85  # question 3.8
 FIGURES = Path(__file__).resolve().parents[1] / "report" / "figures"
-FORMAT = "a3_nf 4"  # of checkpoints; files of another script or version are rejected
+FORMAT = "a3_nf 5"  # version of the saved files; others are rejected
+# These attributes of args are stored in a checkpoint and restored by --resume
 SETTINGS = "n_mixtures", "epochs", "batch_size", "lr", "seed", "dataset", "dataset_md5", "dry_run"
 
 
 # ------------------------------------------------------------------------------------ the prior
-# It is logistic instead of Gaussian, because a continuous variable with the distribution function
-# F is mapped to it exactly by logit(F(x)), which both the grey levels and the pixels use below.
+# It is logistic and not Gaussian, because the logit is its inverse CDF, which is cheap to compute:
+# if h has the CDF F, then z = logit(F(h)) has the distribution of the prior. GreyLevels and Mixture
+# below are both maps of this form.
 
 
 def logistic(x):
@@ -63,14 +64,14 @@ def logistic(x):
     return cdf, sf, cdf * sf
 
 
-def log_prior(x):
-    """log p(x) of independent standard logistic variables: x [B, D] -> [B], nats."""
-    log_density = F.logsigmoid(x) + F.logsigmoid(-x)
+def log_prior(z):
+    """log p(z) of independent standard logistic variables: z [B, D] -> [B], nats."""
+    log_density = F.logsigmoid(z) + F.logsigmoid(-z)
     return log_density.sum(1)  # over dimensions
 
 
 def sample_prior(size):
-    """Draws from the prior, a tensor of this size: the inverse CDF, the logit, of uniform noise."""
+    """Draw a tensor of this size from the prior: apply its inverse CDF to uniform noise."""
     u = torch.rand(size)
     return u.clamp(min=2 ** -25).logit()  # rand can be 0, but not 1
 
@@ -91,7 +92,7 @@ class Residual(nn.Sequential):
 
 
 def residual_network(n_in, n_hidden, n_out):
-    """[B, n_in, H, W] -> [B, n_out, H, W]; the output does not depend on the input at first."""
+    """[B, n_in, H, W] -> [B, n_out, H, W]. The last layer starts with weights and biases of 0."""
     blocks = []
     for _ in range(2):
         blocks.append(Residual(
@@ -112,7 +113,10 @@ class Coupling(nn.Module):
         x = b * y + (1 - b) * (y - t) * exp(-s)    since  b * y = b * x
         log |det dy/dx| = sum of (1 - b) * s       since  the Jacobian is triangular.
 
-    The mask [1, c_in] holds a 1 for each pixel that is kept and a 0 for each that is changed.
+    In the code s and t are set to 0 where b is 1, so that x * exp(s) + t keeps these pixels.
+
+    The mask [1, c_in], where c_in is the number of pixels, holds a 1 for each pixel that is kept
+    and a 0 for each that is changed.
     """
 
     def __init__(self, c_in, mask, n_hidden=32):
@@ -137,7 +141,7 @@ class Coupling(nn.Module):
 
 
 class Flow(nn.Module):
-    """RealNVP: n_flows pairs of couplings. The two of a pair change one half of the pixels each."""
+    """RealNVP: n_flows pairs of couplings. Each of the two changes one half of the pixels."""
 
     def __init__(self, shape, n_flows=4, n_hidden=32):
         super().__init__()
@@ -149,7 +153,7 @@ class Flow(nn.Module):
             self.layers.append(Coupling(shape[0], 1 - mask, n_hidden))
 
     def forward(self, z, logdet, reverse=False):
-        """z [B, D], logdet [B] -> (z, logdet); with `reverse` from latent variables to data."""
+        """z [B, D], logdet [B] -> (z, logdet). reverse=True maps latent variables to pixels."""
         layers = reversed(self.layers) if reverse else self.layers
         for layer in layers:
             z, logdet = layer(z, logdet, reverse)
@@ -157,144 +161,164 @@ class Flow(nn.Module):
 
 
 # ------------------------------------------------------------------------------ the grey levels
-class EmpiricalLogit(nn.Module):
-    """z = logit(CDF(y)) of grey levels y.
+class GreyLevels(nn.Module):
+    """The first map of both models: h = logit(CDF(y)) of dequantized grey levels y in [0, 256].
 
-    The CDF is piecewise linear: a level has the probability p, which the dequantization noise u
-    spreads over [level, level + 1]. With the true share of each level, z would have exactly the
-    distribution of the prior. But black, with its true share of 0.8, would squeeze the greys,
-    which cost most of the bits, into one tail. So it counts as one half of all pixels. In a short
-    run this CDF saved 0.021 bits per dimension, compared with y / 256.
+    The CDF is piecewise linear: a level has a probability, its share, which the dequantization
+    noise u spreads evenly over [level, level + 1]. Any increasing CDF gives a valid flow. With the
+    true shares of the levels, h would have exactly the distribution of the prior. But black, whose
+    true share is 0.8, would squeeze the greys, which cost most of the bits, into one tail. So its
+    share is set to one half. In a short run this CDF saved 0.021 bits per dimension, compared with
+    y / 256.
     """
 
     n_features = 4
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("p", torch.empty(256))      # the share of each level,
-        self.register_buffer("cdf", torch.empty(256))    # of all levels below it,
-        self.register_buffer("sf", torch.empty(256))     # and of all levels above it
-        self.register_buffer("edges", torch.empty(255))  # the z between two levels
+        self.register_buffer("share", torch.empty(256))  # P(level = v), for v = 0, ..., 255
+        self.register_buffer("below", torch.empty(256))  # P(level < v)
+        self.register_buffer("above", torch.empty(256))  # P(level > v)
+        self.register_buffer("edges", torch.empty(255))  # the h between the levels v and v + 1
         self.register_buffer("table", torch.empty(256, self.n_features))  # see features()
-        self.fit(torch.arange(256))
+        self.fit(torch.arange(256))  # until fit() is called with images, or weights are loaded
 
     def fit(self, images):
-        """Set the shares of the levels to those in images, integers 0..255 of any shape."""
+        """Set the shares of the levels to those in images, but that of black to one half.
+
+        images: integers 0..255 of any shape.
+        """
         count = torch.bincount(images.flatten().cpu(), minlength=256)
         count += 1  # so that each level has a positive probability
         count[0] = count[1:].sum()
         self.set_shares(count.double() / count.sum())
 
-    def set_shares(self, p):
-        """Set the shares of the levels to p [256], which sum to one, in double precision."""
-        up_to = p.cumsum(0)  # the level itself and all below it
-        self.p.copy_(p)
-        self.cdf.copy_(up_to - p)
-        self.sf.copy_(p.flip(0).cumsum(0).flip(0) - p)
+    def set_shares(self, share):
+        """Set the shares of the levels, float64 [256], which sum to one."""
+        up_to = share.cumsum(0)  # P(level <= v)
+        self.share.copy_(share)
+        self.below.copy_(up_to - share)
+        self.above.copy_(share.flip(0).cumsum(0).flip(0) - share)  # more exact than 1 - up_to
         self.edges.copy_(up_to[:-1].logit())
 
         level = torch.arange(256)
-        middle = (up_to - p / 2).logit()  # the z of the level at u = 1/2
+        middle = (up_to - share / 2).logit()  # the h of the level at u = 1/2
         brightness = level / 128 - 1
         self.table.copy_(torch.stack([middle, brightness, level == 0, level >= 252], dim=1))
 
     def forward(self, y):
-        """Grey levels y [B, D] in [0, 256] -> z [B, D], and the log-determinant [B], nats."""
+        """Grey levels y [B, D] in [0, 256] -> h [B, D], and the log-determinant [B], nats."""
         level = y.long().clamp(0, 255)
-        u = (y - level).clamp(1e-6, 1 - 1e-6)  # so that no z is infinite
-        log_cdf = torch.log(self.cdf[level] + u * self.p[level])
-        log_sf = torch.log(self.sf[level] + (1 - u) * self.p[level])
-        log_slope = self.p[level].log() - log_cdf - log_sf  # d logit(F) = dF / (F (1 - F))
+        u = (y - level).clamp(1e-6, 1 - 1e-6)  # so that no h is infinite
+        log_cdf = torch.log(self.below[level] + u * self.share[level])
+        log_sf = torch.log(self.above[level] + (1 - u) * self.share[level])
+        log_slope = self.share[level].log() - log_cdf - log_sf  # d logit(F) = dF / (F (1 - F))
         return log_cdf - log_sf, log_slope.sum(1)
 
-    def level(self, z):
-        """The inverse, rounded down: z of any shape -> grey levels, integers from 0 to 255."""
-        return torch.bucketize(z.detach(), self.edges, right=True)
+    def level(self, h):
+        """The inverse, rounded down: h of any shape -> grey levels, integers from 0 to 255."""
+        return torch.bucketize(h.detach().contiguous(), self.edges, right=True)
 
-    def features(self, z):
-        """What a network is told of pixels: z [B, c, ...] -> [B, 4c, ...].
+    def features(self, h):
+        """The networks' inputs, computed from pixels: h [B, ...] -> [B, 4, ...].
 
-        These are functions of the grey level: the z of its middle, its brightness, is it black, is
-        it white. They leave out the noise u, which says nothing about the image. In a short run
-        that saved 0.034 bits per dimension.
+        These are functions of the grey level: the h of its middle, its brightness, whether it is
+        black, and whether it is nearly white. They leave out the noise u, which says nothing about
+        the image. In a short run that saved 0.034 bits per dimension.
         """
-        features = self.table[self.level(z)]          # [B, c, ..., 4]
-        return features.movedim(-1, 1).flatten(1, 2)  # [B, 4c, ...]
-
-    def level_distributions(self, z):
-        """CDF, survival function and density at z [B, ...] of each of the COMMON_LEVELS.
-
-        Each result is [B, n_levels, ...]. A level is distributed as its noise u, uniformly.
-        """
-        level = self.level(z)
-        cdf, sf, pdf = logistic(z)  # as z = logit(CDF), this is CDF = self.cdf + u * self.p
-        u = ((cdf - self.cdf[level]) / self.p[level]).clamp(min=0)
-        one_minus_u = ((sf - self.sf[level]) / self.p[level]).clamp(min=0)  # exact if u is near 1
-        slope = pdf / self.p[level]  # du/dz
-
-        difference = torch.stack([level - common for common in COMMON_LEVELS], dim=1)
-        here = difference == 0
-        cdfs = torch.where(here, u.unsqueeze(1), (difference > 0).to(z.dtype))
-        sfs = torch.where(here, one_minus_u.unsqueeze(1), (difference < 0).to(z.dtype))
-        pdfs = torch.where(here, slope.unsqueeze(1), 0)
-        return cdfs, sfs, pdfs
+        features = self.table[self.level(h)]  # [B, ..., 4]
+        return features.movedim(-1, 1)
 
 
 # --------------------------------------------------------------- second model: coarse to fine
 # The group of a pixel depends on its place in its block of 4 x 4 pixels:
 #
-#     1 6 3 6     1, 2     7 x 7 pixels each, one pixel at a time    AutoregressiveLayer
-#     7 5 7 5     3, 4     7 x 7 pixels each, all at once            MixtureCoupling
-#     4 6 2 6     5, 6, 7  14 x 14 pixels each, all at once          MixtureCoupling
+#     1 6 3 6
+#     7 5 7 5
+#     4 6 2 6
 #     7 5 7 5
 #
-# The groups of the whole image are sampled in this order, each given all groups before it. From an
-# image to latent variables, the layers run the other way, from group 7 to group 1. So when a layer
-# changes its group, all groups that it is given are still pixels of the image.
+#     groups 1, 2     7 x 7 pixels each      one pixel at a time    AutoregressiveLayer
+#     groups 3, 4     7 x 7 pixels each      all at once            MixtureCoupling
+#     groups 5, 6, 7  14 x 14 pixels each    all at once            MixtureCoupling
+#
+# The groups are sampled in this order, each over the whole image and given all earlier groups.
+# From an image to latent variables, the layers run the other way, from group 7 to group 1. So when
+# a layer transforms its group, the groups that it is given have not been transformed yet, and the
+# networks can still see their grey levels.
 
 
 class Mixture:
-    """The map of a pixel: y = logit(CDF(x)) of a mixture (Ho et al. 2019, section 3.1).
+    """The map of a single pixel: z = logit(CDF(h)) of a mixture (Ho et al. 2019, section 3.1).
 
-    The mixture has K = n_mixtures logistic components, whose means and scales a network chooses,
-    and one component for each of the J COMMON_LEVELS, since logistics blur the edges of black and
-    white (in a short run that saved 0.048 bits per dimension). The network also chooses the weights
-    of all these. One more component is the standard logistic distribution, with a small fixed
-    weight, so that dy/dx is not rounded to 0.
+    Here h is a pixel after GreyLevels, and z is its latent variable. The mixture has
 
-    Parameters, from the network: [B, n_parameters, ...] for pixels x [B, ...]. The class has none
-    of its own, and so it is no nn.Module.
+    - the standard logistic distribution, which keeps dz/dh from being rounded to 0;
+    - K = n_mixtures logistic components, whose means and scales a network chooses;
+    - one component for each of the J COMMON_LEVELS, as a logistic density cannot match the sharp
+      edges of a level (in a short run these components saved 0.048 bits per dimension).
+
+    The network also chooses the weights, but for the first one, which is small and fixed. All that
+    it chooses for pixels h [B, ...] are `parameters`, [B, n_parameters, ...].
+
+    The class has no weights. It is not an nn.Module, so that the grey levels, which belong to the
+    Model, are not registered again in each layer.
     """
 
-    def __init__(self, n_mixtures, logit):
-        self.logit = logit
+    def __init__(self, n_mixtures, grey_levels):
+        self.grey_levels = grey_levels
         self.n_mixtures = n_mixtures
         self.sizes = [n_mixtures + len(COMMON_LEVELS), n_mixtures, n_mixtures]
-        self.n_parameters = sum(self.sizes)
+        self.n_parameters = sum(self.sizes)  # log weights, means and log scales
 
     def initial_parameters(self):
         """[n_parameters]: black is likely, and the means differ, as equal ones would stay equal."""
-        logits = torch.zeros(self.sizes[0])
-        logits[self.n_mixtures] = 3  # of the first of COMMON_LEVELS, black
+        log_weights = torch.zeros(self.sizes[0])
+        log_weights[self.n_mixtures] = 3  # of the first of COMMON_LEVELS, black
         means = torch.linspace(-1, 1, self.n_mixtures)
         log_scales = torch.zeros(self.n_mixtures)
-        return torch.cat([logits, means, log_scales])
+        return torch.cat([log_weights, means, log_scales])
 
     def components(self, parameters):
-        """Weights [B, 1 + K + J, ...] of all components, means and scales [B, 1 + K, ...]."""
-        logits, means, log_scales = parameters.split(self.sizes, dim=1)
-        weights = (1 - STANDARD_WEIGHT) * logits.softmax(1)
+        """Weights [B, 1 + K + J, ...] of all components, means and scales [B, 1 + K, ...].
+
+        The first component is the standard logistic distribution.
+        """
+        log_weights, means, log_scales = parameters.split(self.sizes, dim=1)
+        weights = (1 - STANDARD_WEIGHT) * log_weights.softmax(1)
         scales = log_scales.clamp(-7, 7).exp()  # bounded, so that nothing overflows
-        zero = torch.zeros_like(means[:, :1])
-        weights = torch.cat([zero + STANDARD_WEIGHT, weights], dim=1)
-        means = torch.cat([zero, means], dim=1)
-        scales = torch.cat([zero + 1, scales], dim=1)
+        one = torch.ones_like(means[:, :1])
+        weights = torch.cat([STANDARD_WEIGHT * one, weights], dim=1)
+        means = torch.cat([0 * one, means], dim=1)
+        scales = torch.cat([one, scales], dim=1)
         return weights, means, scales
 
-    def logit_cdf(self, x, weights, means, scales):
-        """x [B, ...] and the components -> y = logit(CDF(x)) and log dy/dx, [B, ...] each."""
-        cdfs, sfs, pdfs = logistic((x.unsqueeze(1) - means) / scales)
-        level_cdfs, level_sfs, level_pdfs = self.logit.level_distributions(x)
+    def level_components(self, h):
+        """CDF, survival function and density at h [B, ...] of the J components for grey levels.
+
+        Each result is [B, J, ...]. Such a component is the distribution of h if the noise u is
+        uniform within its level: the CDF is 0 below the level, u in it, and 1 above it.
+        """
+        grey_levels = self.grey_levels
+        level = grey_levels.level(h)
+        share = grey_levels.share[level]
+        # h = logit(grey_cdf), where grey_cdf is that of GreyLevels, and so below + u * share
+        grey_cdf, grey_sf, grey_pdf = logistic(h)
+        u = ((grey_cdf - grey_levels.below[level]) / share).clamp(min=0)
+        one_minus_u = ((grey_sf - grey_levels.above[level]) / share).clamp(min=0)  # exact near 0
+        slope = grey_pdf / share  # du/dh
+
+        difference = torch.stack([level - common for common in COMMON_LEVELS], dim=1)
+        here = difference == 0
+        cdfs = torch.where(here, u.unsqueeze(1), (difference > 0).to(h.dtype))
+        sfs = torch.where(here, one_minus_u.unsqueeze(1), (difference < 0).to(h.dtype))
+        pdfs = torch.where(here, slope.unsqueeze(1), 0)
+        return cdfs, sfs, pdfs
+
+    def logit_cdf(self, h, weights, means, scales):
+        """h [B, ...] and the components -> z = logit(CDF(h)) and log dz/dh, [B, ...] each."""
+        cdfs, sfs, pdfs = logistic((h.unsqueeze(1) - means) / scales)
+        level_cdfs, level_sfs, level_pdfs = self.level_components(h)
         cdfs = torch.cat([cdfs, level_cdfs], dim=1)  # [B, 1 + K + J, ...]
         sfs = torch.cat([sfs, level_sfs], dim=1)
         pdfs = torch.cat([pdfs / scales, level_pdfs], dim=1)
@@ -303,164 +327,144 @@ class Mixture:
         log_pdf = (weights * pdfs).sum(1).log()
         return log_cdf - log_sf, log_pdf - log_cdf - log_sf  # d logit(F) = dF / (F (1 - F))
 
-    def transform(self, x, parameters):
-        """x [B, ...] -> y and log dy/dx, [B, ...] each."""
-        return self.logit_cdf(x, *self.components(parameters))
+    def transform(self, h, parameters):
+        """h [B, ...] -> z and log dz/dh, [B, ...] each."""
+        return self.logit_cdf(h, *self.components(parameters))
 
     @torch.no_grad()
-    def inverse(self, y, parameters):
-        """y [B, ...] -> x and log dx/dy, [B, ...] each, without gradients.
+    def inverse(self, z, parameters):
+        """z [B, ...] -> h and log dh/dz, [B, ...] each, without gradients.
 
-        x is found by bisection, to the resolution of the dtype.
+        h is found by bisection, to the resolution of the dtype.
         """
         weights, means, scales = self.components(parameters)
-        solutions = means + scales * y.unsqueeze(1)  # for each logistic component alone
-        # The margin of 20 takes in the common levels. It is also more than -log STANDARD_WEIGHT, so
-        # that the standard logistic makes up for levels that all lie on one side.
+        # A logistic component by itself would give h = mean + scale * z. The mixture's h lies
+        # between the lowest and the highest of these or, because of the common levels, somewhat
+        # further out; 20 is a generous margin.
+        solutions = means + scales * z.unsqueeze(1)
         low = solutions.amin(1) - 20
         high = solutions.amax(1) + 20
         for _ in range(200):  # about 40 are enough in float32, and 70 in float64
-            x = (low + high) / 2
-            resolution = torch.finfo(y.dtype).eps * x.abs().clamp(min=1e-3)
+            h = (low + high) / 2
+            resolution = torch.finfo(z.dtype).eps * h.abs().clamp(min=1e-3)
             if (high - low <= resolution).all():
                 break
-            too_low = self.logit_cdf(x, weights, means, scales)[0] < y
-            low = torch.where(too_low, x, low)
-            high = torch.where(too_low, high, x)
-        log_slope = self.logit_cdf(x, weights, means, scales)[1]
-        return x, -log_slope
+            too_low = self.logit_cdf(h, weights, means, scales)[0] < z
+            low = torch.where(too_low, h, low)
+            high = torch.where(too_low, high, h)
+        log_slope = self.logit_cdf(h, weights, means, scales)[1]
+        return h, -log_slope
 
 
 class MixtureCoupling(nn.Module):
-    """Changes one group of pixels, given others: y = mixture.transform(x, net(seen pixels)).
+    """Transforms one group of pixels, given others: z = mixture.transform(h, net(seen pixels)).
 
-    `seen` is a list of groups and `changed` one group: indices of pixels, [H, W] each.
+    `seen` is a list of images of pixel indices, [H, W] each, and `changed` is one.
     """
 
     def __init__(self, seen, changed, n_hidden, mixture):
         super().__init__()
-        self.register_buffer("seen", torch.stack(seen), persistent=False)         # [c, H, W]
-        self.register_buffer("changed", changed.unsqueeze(0), persistent=False)   # [1, H, W]
+        self.register_buffer("seen", torch.stack(seen), persistent=False)  # [c, H, W]
+        self.register_buffer("changed", changed, persistent=False)         # [H, W]
         self.mixture = mixture
-        n_features = mixture.logit.n_features * len(seen)
+        n_features = mixture.grey_levels.n_features * len(seen)
         self.net = residual_network(n_features, n_hidden, mixture.n_parameters)
         self.net[-1].bias.data = mixture.initial_parameters()
 
     def forward(self, z, ldj, reverse=False):
-        """z [B, D] and the log-determinant so far, ldj [B], nats -> both after this layer."""
-        features = self.mixture.logit.features(z[:, self.seen])  # [B, 4c, H, W]
-        parameters = self.net(features).unsqueeze(2)             # [B, n_parameters, 1, H, W]
+        """z [B, D] and the log-determinant so far, ldj [B], nats -> both after this layer.
+
+        z holds h for pixels that are not transformed, such as the seen ones, and otherwise latent
+        variables.
+        """
+        features = self.mixture.grey_levels.features(z[:, self.seen])  # [B, 4, c, H, W]
+        parameters = self.net(features.flatten(1, 2))                  # [B, n_parameters, H, W]
         transform = self.mixture.inverse if reverse else self.mixture.transform
-        values, log_slope = transform(z[:, self.changed], parameters)  # [B, 1, H, W] each
+        values, log_slope = transform(z[:, self.changed], parameters)  # [B, H, W] each
         z = z.clone()
         z[:, self.changed] = values
-        return z, ldj + log_slope.sum((1, 2, 3))
+        return z, ldj + log_slope.sum((1, 2))
 
 
 class AutoregressiveLayer(nn.Module):
-    """Changes pixels one at a time, each given those before it (in the order of `pixels`, [n]).
+    """Transforms pixels one at a time, each given those before it (in the order of `pixels`, [n]).
 
-    The networks are a NADE (Larochelle and Murray 2011) with one more layer. For pixel i, with
-    features f_j of pixel j,
+    The networks form a NADE (Larochelle and Murray 2011) with one more hidden layer. For pixel i,
+    with the features f_j of pixel j,
 
-        context_i = sum over j < i of f_j V_j
-        parameters_i = silu(silu(context_i + c_i) W_i + b_i) U_i + a_i
+        context_i    = sum over j < i of f_j W_context_j
+        hidden_i     = silu(context_i + b_context_i) W_hidden_i + b_hidden_i
+        parameters_i = silu(hidden_i) W_out_i + b_out_i
 
-    V_j is the same for all pixels i > j; c, W, b, U and a are of pixel i alone. In training all
-    pixels are known, and all contexts are one cumulative sum. In sampling each pixel, once it is
-    known, is added to the context of the next.
+    W_context_j is the same for all pixels i > j, so that all contexts are one cumulative sum. In
+    sampling each pixel, once it is known, is added to the context of the next.
     """
 
     def __init__(self, pixels, n_context, n_hidden, mixture):
         super().__init__()
         n = len(pixels)
-        n_features = mixture.logit.n_features
+        n_features = mixture.grey_levels.n_features
         self.register_buffer("pixels", pixels, persistent=False)
         self.mixture = mixture
-        self.V = nn.Parameter(torch.randn(n, n_features, n_context) / (n_features * n / 2) ** 0.5)
-        self.c = nn.Parameter(0.1 * torch.randn(n, n_context))
-        self.W = nn.Parameter(torch.randn(n, n_context, n_hidden) / n_context ** 0.5)
-        self.b = nn.Parameter(torch.zeros(n, n_hidden))
-        self.U = nn.Parameter(torch.zeros(n, n_hidden, mixture.n_parameters))
-        self.a = nn.Parameter(mixture.initial_parameters().repeat(n, 1))
+        n_terms = n_features * n / 2  # of the sum in a context, on average
+        self.W_context = nn.Parameter(torch.randn(n, n_features, n_context) / n_terms ** 0.5)
+        self.b_context = nn.Parameter(0.1 * torch.randn(n, n_context))
+        self.W_hidden = nn.Parameter(torch.randn(n, n_context, n_hidden) / n_context ** 0.5)
+        self.b_hidden = nn.Parameter(torch.zeros(n, n_hidden))
+        self.W_out = nn.Parameter(torch.zeros(n, n_hidden, mixture.n_parameters))
+        self.b_out = nn.Parameter(mixture.initial_parameters().repeat(n, 1))
 
     def forward(self, z, ldj, reverse=False):
-        """z [B, D] and the log-determinant so far, ldj [B], nats -> both after this layer."""
+        """z [B, D] and the log-determinant so far, ldj [B], nats -> both after this layer.
+
+        z holds h or, where pixels are transformed, latent variables.
+        """
         if reverse:
             values, log_slope = self.inverse(z[:, self.pixels])
         else:
-            x = z[:, self.pixels]                         # [B, n]
-            parameters = self.network(self.contexts(x))   # [B, n_parameters, n]
-            values, log_slope = self.mixture.transform(x, parameters)
+            h = z[:, self.pixels]                         # [B, n]
+            parameters = self.network(self.contexts(h))   # [B, n_parameters, n]
+            values, log_slope = self.mixture.transform(h, parameters)
         z = z.clone()
         z[:, self.pixels] = values
         return z, ldj + log_slope.sum(1)
 
-    def inverse(self, y):
-        """y [B, n] -> x and log dx/dy, [B, n] each, pixel by pixel."""
-        x = torch.zeros_like(y)
-        log_slope = torch.zeros_like(y)
-        context = y.new_zeros(len(y), 1, self.c.shape[1])  # [B, 1, n_context]
-        for i in range(y.shape[1]):
-            i = slice(i, i + 1)  # a slice of one, so that all dimensions stay
-            x_i, log_slope[:, i] = self.mixture.inverse(y[:, i], self.network(context, i))
-            context = context + self.context_terms(x_i, i)
-            x[:, i] = x_i
-        return x, log_slope
+    def inverse(self, z):
+        """z [B, n] -> h and log dh/dz, [B, n] each, pixel by pixel."""
+        h = torch.zeros_like(z)
+        log_slope = torch.zeros_like(z)
+        context = z.new_zeros(len(z), 1, self.b_context.shape[1])  # [B, 1, n_context]
+        for pixel in range(z.shape[1]):
+            i = slice(pixel, pixel + 1)  # so that all tensors keep their dimensions
+            h[:, i], log_slope[:, i] = self.mixture.inverse(z[:, i], self.network(context, i))
+            context = context + self.context_terms(h[:, i], i)
+        return h, log_slope
 
-    def contexts(self, x):
-        """What each pixel sees of those before it: x [B, n] -> [B, n, n_context].
-
-        In training mode some pixels are left out of the sums.
-        """
-        kept = F.dropout(torch.ones_like(x), INPUT_DROPOUT, self.training)  # [B, n]
-        terms = self.context_terms(x, kept=kept.unsqueeze(1))
-        terms = F.pad(terms[:, :-1], (0, 0, 1, 0))  # shifted: pixel i sums the terms before it
+    def contexts(self, h):
+        """The contexts of all pixels: h [B, n] -> [B, n, n_context]."""
+        terms = self.context_terms(h)
+        terms = F.pad(terms[:, :-1], (0, 0, 1, 0))  # 0 for the first pixel, and without the last
         return terms.cumsum(1)
 
-    def context_terms(self, x, i=slice(None), kept=1):
-        """f V of pixels i, x [B, n] -> [B, n, n_context]."""
-        features = self.mixture.logit.features(x).view(len(x), -1, x.shape[1])  # [B, 4, n]
-        return torch.einsum("bfn,nfc->bnc", kept * features, self.V[i])
+    def context_terms(self, h, i=slice(None)):
+        """What the pixels i add to the contexts of later ones: h [B, n] -> [B, n, n_context]."""
+        features = self.mixture.grey_levels.features(h)  # [B, 4, n]
+        return torch.einsum("bfn,nfc->bnc", features, self.W_context[i])
 
     def network(self, context, i=slice(None)):
-        """The networks of pixels i: context [B, n, n_context] -> [B, n_parameters, n]."""
-        hidden = F.silu(context + self.c[i])
-        hidden = torch.einsum("bnc,nch->bnh", hidden, self.W[i]) + self.b[i]
-        parameters = torch.einsum("bnh,nhp->bnp", F.silu(hidden), self.U[i]) + self.a[i]
+        """The networks of the pixels i: context [B, n, n_context] -> [B, n_parameters, n]."""
+        hidden = F.silu(context + self.b_context[i])
+        hidden = torch.einsum("bnc,nch->bnh", hidden, self.W_hidden[i]) + self.b_hidden[i]
+        hidden = F.silu(hidden)
+        parameters = torch.einsum("bnh,nhp->bnp", hidden, self.W_out[i]) + self.b_out[i]
         return parameters.transpose(1, 2)
 
 
-class MultiscaleFlow(nn.Module):
-    """The layers drawn above, for images of 28 x 28 pixels."""
-
-    def __init__(self, logit, n_hidden=48, n_hidden_coarse=32, n_context=96, n_mixtures=6):
-        super().__init__()
-        self.z_shape = (784,)
-        mixture = Mixture(n_mixtures, logit)
-        self.layers = nn.ModuleList()
-
-        a, b, c, d = quarters(torch.arange(784).view(28, 28))  # [14, 14] each
-        self.layers.append(MixtureCoupling([a, b, d], c, n_hidden, mixture))
-        self.layers.append(MixtureCoupling([a, d], b, n_hidden, mixture))
-        self.layers.append(MixtureCoupling([a], d, n_hidden, mixture))
-
-        a, b, c, d = quarters(a)  # [7, 7] each
-        self.layers.append(MixtureCoupling([a, b, d], c, n_hidden_coarse, mixture))
-        self.layers.append(MixtureCoupling([a, d], b, n_hidden_coarse, mixture))
-        pixels = torch.cat([a.flatten(), d.flatten()])  # [98]
-        self.layers.append(AutoregressiveLayer(pixels, n_context, 64, mixture))
-
-    def forward(self, z, logdet, reverse=False):
-        """z [B, 784], logdet [B] -> (z, logdet); with `reverse` from latent variables to data."""
-        layers = reversed(self.layers) if reverse else self.layers
-        for layer in layers:
-            z, logdet = layer(z, logdet, reverse)
-        return z, logdet
-
-
 def quarters(pixels):
-    """The groups a, b, c, d of an image of indices [H, W], each [H / 2, W / 2]."""
+    """Every second pixel in both directions: [H, W] -> a, b, c, d, [H / 2, W / 2] each.
+
+    In every block of 2 x 2 pixels, a and b are the upper ones and c and d the lower ones.
+    """
     a = pixels[0::2, 0::2]
     b = pixels[0::2, 1::2]
     c = pixels[1::2, 0::2]
@@ -468,50 +472,79 @@ def quarters(pixels):
     return a, b, c, d
 
 
+class MultiscaleFlow(nn.Module):
+    """The layers drawn above, for images of 28 x 28 pixels."""
+
+    def __init__(self, grey_levels, n_hidden=48, n_hidden_coarse=32, n_context=96, n_mixtures=6):
+        super().__init__()
+        self.z_shape = (784,)
+        mixture = Mixture(n_mixtures, grey_levels)
+        self.layers = nn.ModuleList()
+
+        coarse, b, c, d = quarters(torch.arange(784).view(28, 28))  # [14, 14] each
+        # coarse: groups 1 to 4
+        self.layers.append(MixtureCoupling([coarse, b, d], c, n_hidden, mixture))  # group 7
+        self.layers.append(MixtureCoupling([coarse, d], b, n_hidden, mixture))     # group 6
+        self.layers.append(MixtureCoupling([coarse], d, n_hidden, mixture))        # group 5
+
+        a, b, c, d = quarters(coarse)  # [7, 7] each
+        self.layers.append(MixtureCoupling([a, b, d], c, n_hidden_coarse, mixture))  # group 4
+        self.layers.append(MixtureCoupling([a, d], b, n_hidden_coarse, mixture))     # group 3
+        pixels = torch.cat([a.flatten(), d.flatten()])  # [98], groups 1 and 2
+        self.layers.append(AutoregressiveLayer(pixels, n_context, 64, mixture))
+
+    def forward(self, z, logdet, reverse=False):
+        """z [B, 784], logdet [B] -> (z, logdet). reverse=True maps latent variables to pixels."""
+        layers = reversed(self.layers) if reverse else self.layers
+        for layer in layers:
+            z, logdet = layer(z, logdet, reverse)
+        return z, logdet
+
+
 # ------------------------------------------------------------------------- the model of an image
 class Model(nn.Module):
-    """p(x) of images x: dequantization, the logit of the grey levels, one of the flows, the prior.
+    """p(x) of images x: dequantization, the map of the grey levels, a flow, and the prior.
 
     n_mixtures: logistic components of a mixture in the MultiscaleFlow; 0 for RealNVP.
     """
 
     def __init__(self, shape, n_mixtures=6):
         super().__init__()
-        self.logit = EmpiricalLogit()
+        self.grey_levels = GreyLevels()
         if n_mixtures == 0:
             self.flow = Flow(shape)
         else:
-            self.flow = MultiscaleFlow(self.logit, n_mixtures=n_mixtures)
+            self.flow = MultiscaleFlow(self.grey_levels, n_mixtures=n_mixtures)
 
     def dequantize(self, x):
-        """x + u with u uniform in [0, 1), so that E log p(x + u) <= log P(x) (question 3.4).
+        """y = x + u with u uniform in [0, 1), so that E log p(y) <= log P(x) (question 3.4).
 
         Raises ValueError if x does not hold integers from 0 to 255.
         """
         if x.dtype != torch.uint8 and not ((x >= 0) & (x <= 255) & (x == x.round())).all():
             raise ValueError("pixels must be integers from 0 to 255; "
                              f"these are {x.dtype} from {x.min()} to {x.max()}")
-        x = x.to(self.logit.p)  # its device and dtype
+        x = x.to(self.grey_levels.share)  # its device and dtype
         u = torch.rand_like(x).clamp(max=1 - 2 ** -16)  # so that x + u is not rounded to x + 1
         return x + u
 
     def forward(self, x):
-        """x [B, D], integers 0..255 -> log p(x + u) [B], nats: log p(z) + log |det dz/dx|."""
-        z, ldj = self.logit(self.dequantize(x))
-        z, ldj = self.flow(z, ldj)
+        """x [B, D], integers 0..255 -> log p(x + u) [B], nats: log p(z) + log |det dz/dy|."""
+        h, ldj = self.grey_levels(self.dequantize(x))
+        z, ldj = self.flow(h, ldj)
         return log_prior(z) + ldj  # equation 17
 
     @torch.no_grad()
     def sample(self, n_samples):
         """Images [n_samples, D], integers 0..255.
 
-        A seed gives the same noise, made on the CPU, on every device.
+        The noise is drawn on the CPU, so that a seed gives the same noise on every device.
         """
-        noise = sample_prior((n_samples, *self.flow.z_shape)).to(self.logit.p)
+        noise = sample_prior((n_samples, *self.flow.z_shape)).to(self.grey_levels.share)
         images = []
         for z in noise.split(1000):
-            z, _ = self.flow(z, z.new_zeros(len(z)), reverse=True)
-            images.append(self.logit.level(z))
+            h, _ = self.flow(z, z.new_zeros(len(z)), reverse=True)
+            images.append(self.grey_levels.level(h))
         return torch.cat(images)
 
 
@@ -521,19 +554,11 @@ def bits_per_dimension(log_p, D=784):
 
 
 # ----------------------------------------------------------------------- training and evaluation
-@torch.no_grad()
-def update_average(averaged, model, n_updates):
-    """averaged = decay * averaged + (1 - decay) * model, a moving average of the weights."""
-    decay = min(EMA_DECAY, (1 + n_updates) / (10 + n_updates))  # forgets the initial weights early
-    for average, current in zip(averaged.parameters(), model.parameters(), strict=True):
-        average.lerp_(current, 1 - decay)
-
-
-def epoch_iter(model, data, optimizer, schedule=None, averaged=None, n_updates=0):
-    """One pass over `data`, with updates if the model is in training mode.
+def epoch_iter(model, data, optimizer, schedule=None):
+    """One pass over `data`, which updates the model if it is in training mode.
 
     data: an iterable of batches of images, [B, 784] or [B, 1, 28, 28], integers 0..255, with or
-    without labels. n_updates: updates before this pass, which set the decay of `averaged`.
+    without labels, so that the template's loaders can be used as well.
     Returns the average bits per dimension.
     """
     device = next(model.parameters()).device
@@ -549,11 +574,8 @@ def epoch_iter(model, data, optimizer, schedule=None, averaged=None, n_updates=0
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
                 optimizer.step()
-                n_updates += 1
                 if schedule is not None:
                     schedule.step()
-                if averaged is not None:
-                    update_average(averaged, model, n_updates)
             total += loss.detach() * len(x)
             n_images += len(x)
             if step % 100 == 0:  # not more often: .item() makes the CPU wait for the GPU
@@ -561,23 +583,22 @@ def epoch_iter(model, data, optimizer, schedule=None, averaged=None, n_updates=0
     return float(total) / n_images
 
 
-def run_epoch(model, data, optimizer, schedule=None, averaged=None, n_updates=0):
-    """Train on data[0], then evaluate data[1] with the averaged weights, if there are any.
-
-    Returns the average bits per dimension of each.
-    """
+def run_epoch(model, data, optimizer, schedule=None):
+    """Train on data[0], then evaluate data[1]: the average bits per dimension of each."""
     model.train()
-    train_bpd = epoch_iter(model, data[0], optimizer, schedule, averaged, n_updates)
+    train_bpd = epoch_iter(model, data[0], optimizer, schedule)
     model.eval()
-    val_bpd = epoch_iter(model if averaged is None else averaged, data[1], optimizer)
+    val_bpd = epoch_iter(model, data[1], optimizer=None)
     return train_bpd, val_bpd
 
 
 @torch.no_grad()
 def evaluate(model, x, k):
-    """Bits per dimension of x [N, 784]: with one draw of the noise u, and a tighter bound.
+    """Two bounds on the bits per dimension of the discrete images x [N, 784].
 
-    The tighter bound is E log(1/k sum_i p(x + u_i)), with k draws (Burda et al. 2016, equation 8).
+    test_bpd is the mean of -log p(x + u), with one draw of the noise u for each image. The
+    importance-weighted one, test_bpd_iw, is tighter. It is the mean of -log(1/k sum_i p(x + u_i)),
+    with k draws (Burda et al. 2016, equation 8).
     """
     one, many = 0, 0
     for batch in tqdm(x.split(500), "test", leave=False, disable=None):
@@ -593,7 +614,7 @@ def evaluate(model, x, k):
 
 # --------------------------------------------------------------------------------------- figures
 def save_bpd_plot(train_curve, val_curve, filename):
-    """Bits per dimension of each epoch: left with the target of 1.85, right enlarged."""
+    """Bits per dimension of each epoch: left with the target of 1.85, right enlarged without."""
     from matplotlib.figure import Figure  # not pyplot, which looks for a display
     figure = Figure(figsize=(6, 2.4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -616,14 +637,14 @@ def save_grid(images, filename, nrow):
 
 
 def save_samples(model, filename):
-    """64 samples, from the same noise each time."""
-    torch.manual_seed(0)
+    """64 samples, always from the same noise."""
+    torch.manual_seed(0)  # which does not change the training: each epoch sets its own seed
     save_grid(model.sample(64) / 255, filename, nrow=8)
 
 
 # --------------------------------------------------------------------------- the files of a run
 def run_dir(args):
-    """The folder of the run. Runs on glyphs have their own, so that MNIST's figures are safe."""
+    """The folder of the run. Runs on glyphs have another, so that MNIST's figures are safe."""
     if args.out_dir:
         return args.out_dir
     name = "nf" if args.n_mixtures else "nf_affine"
@@ -637,7 +658,7 @@ def first_line(error):
 
 
 def save(content, path):
-    """torch.save by way of a temporary file: an interruption leaves the old file intact."""
+    """torch.save via a temporary file, so that an interruption leaves the old file intact."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         torch.save(content, temporary)
@@ -652,7 +673,7 @@ def save(content, path):
 def load_checkpoint(path):
     """The content of a checkpoint.pt or weights.pt. Raises OSError for any other file."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)  # it cannot run code
+        content = torch.load(path, map_location="cpu", weights_only=True)  # runs no code in it
         if content["format"] == FORMAT:
             return content
     except Exception:  # torch raises exceptions of many types
@@ -670,7 +691,7 @@ def load_model(checkpoint, device="cpu"):
 
 
 def keep_unfinished_run(out_dir):
-    """Rename the checkpoint of a run that has no results, so that a new run does not replace it."""
+    """Rename the checkpoint of an unfinished run, so that a new run does not overwrite it."""
     checkpoint = out_dir / "checkpoint.pt"
     if checkpoint.exists() and not (out_dir / "results.json").exists():
         kept = out_dir / f"checkpoint-{time.strftime('%Y%m%d-%H%M%S')}.pt"
@@ -687,7 +708,7 @@ def write_metrics(rows, path):
 
 
 def seconds_to(target_bpd, rows):
-    """Training time up to the end of the first epoch below the target; None if none is."""
+    """Training time up to the end of the first epoch below the target; None if there is none."""
     seconds = 0
     for row in rows:
         seconds += row["seconds"]
@@ -697,7 +718,7 @@ def seconds_to(target_bpd, rows):
 
 
 def peak_memory_mb(device):
-    """The most memory that this run has used: of the GPU, or of the process; None on Windows."""
+    """The run's peak memory in MiB, on a GPU the GPU's; None for a CPU on Windows."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2 ** 20
     try:
@@ -711,7 +732,7 @@ def peak_memory_mb(device):
 
 
 def processor_name(device):
-    """The name of the GPU or, as far as the system tells it, of the CPU."""
+    """The name of the GPU or, if the system reports it, of the CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -724,16 +745,22 @@ def processor_name(device):
 
 
 # ------------------------------------------------------------------------------------------ main
-def usable_device():
+def fault_of(device):
+    """Why torch cannot use this device, in one line; None if it can."""
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # torch raises exceptions of many types
+        return first_line(error)
+
+
+def default_device():
     """cuda or mps, if there is such a GPU and torch can use it, otherwise cpu."""
     for device, backend in [("cuda", torch.cuda), ("mps", torch.backends.mps)]:
         if backend.is_available():
-            try:
-                torch.zeros(1, device=device).item()
+            fault = fault_of(device)
+            if fault is None:
                 return device
-            except Exception as error:  # torch raises exceptions of many types
-                print(f"{device} cannot be used, so the CPU is: {first_line(error)}",
-                      file=sys.stderr)
+            print(f"{device} cannot be used, using the CPU instead: {fault}", file=sys.stderr)
     return "cpu"
 
 
@@ -750,7 +777,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("model and training")
     group.add_argument("--n_mixtures", type=int, default=6,
                        help="logistic components of a mixture; 0: RealNVP (default: %(default)s)")
-    group.add_argument("--epochs", "--n_epochs", type=int, default=24,
+    group.add_argument("--epochs", "--n_epochs", type=int, default=16,
                        help="passes over the training images (default: %(default)s)")
     group.add_argument("--batch_size", type=int, default=32,
                        help="images per update (default: %(default)s)")
@@ -766,34 +793,29 @@ def parse_args(argv=None):
                        help="auto: MNIST or, if that is not available, glyphs (digits drawn in "
                             "fonts) (default: %(default)s)")
     group.add_argument("--data_dir", type=user_path, default=DATA_DIR,
-                       help="folder of the data (default: %(default)s)")
+                       help="data folder (default: %(default)s)")
     group.add_argument("--out_dir", type=user_path,
-                       help="folder of the run (default: report/figures/nf, or nf_affine)")
+                       help="output folder (default: report/figures/nf, or nf_affine)")
 
     group = parser.add_argument_group("instead of a full new run").add_mutually_exclusive_group()
     group.add_argument("--dry_run", action="store_true",
-                       help="a few batches of everything, in a temporary folder or in --out_dir")
+                       help="run every step on a few batches, in a temporary folder, or --out_dir")
     group.add_argument("--resume", action="store_true",
-                       help="continue the run in its folder, with its own settings")
+                       help="continue the unfinished run in the output folder, with its settings")
     group.add_argument("--sample", type=int, metavar="N",
                        help="write N samples of the trained model to samples.npz and samples.png")
 
     args = parser.parse_args(argv)
-    blank = argparse.Namespace(**dict.fromkeys(vars(args)))  # argparse has no simpler way to tell
-    given = parser.parse_args(argv, blank)                   # which flags were given
-    args.flags = [name for name, value in vars(given).items() if value is not None]
     lowest = {"n_mixtures": 0, "epochs": 1, "batch_size": 1, "lr": 1e-9, "seed": 0, "sample": 1}
     for name, low in lowest.items():
         value = getattr(args, name)
         if value is not None and not low <= value < 2 ** 31:
             parser.error(f"--{name} must be between {low} and {2 ** 31 - 1}")
     if args.device is None:
-        args.device = usable_device()
-    try:
-        torch.zeros(1, device=args.device).item()
-    except Exception as error:  # torch raises exceptions of many types
-        parser.error(f"--device {args.device} cannot be used ({first_line(error)}): "
-                     "try --device cpu")
+        args.device = default_device()
+    fault = fault_of(args.device)
+    if fault is not None:
+        parser.error(f"--device {args.device} cannot be used ({fault}): try --device cpu")
     return args
 
 
@@ -814,54 +836,51 @@ def main(args):
         args.out_dir = run_dir(args)
         checkpoint = load_checkpoint(args.out_dir / "checkpoint.pt")
         settings = checkpoint["settings"]
-        for name in SETTINGS:
-            if name in args.flags and getattr(args, name) != settings[name]:
-                print(f"--{name} is ignored: the run continues with its own, {settings[name]}",
-                      file=sys.stderr)
         vars(args).update(settings)
+        print(f"the run continues with its own settings, and no others: {settings}")
 
     # Data
     data = load(args.dataset, args.data_dir)
-    if checkpoint and data.md5 != args.dataset_md5:
-        raise DataError(f"the run in {args.out_dir} began with other images: "
-                        "give their --data_dir, or start again")
-    args.dataset = data.name  # no longer auto
+    if checkpoint and data.md5 != settings["dataset_md5"]:
+        raise DataError(f"the run in {args.out_dir} was started with other images: "
+                        "pass their folder with --data_dir, or start a new run")
+    args.dataset = data.name  # mnist or glyphs, no longer auto: run_dir depends on it
     args.dataset_md5 = data.md5
     train, val, test = data.train.images, data.val.images, data.test.images
     if args.dry_run:
-        train, val, test = train[:5 * args.batch_size // 2], val[:200], test[:50]
+        train, val, test = train[:5 * args.batch_size // 2], val[:200], test[:10]  # 2.5 batches
         args.epochs = min(args.epochs, 2)
         args.out_dir = args.out_dir or Path(tempfile.mkdtemp(prefix="a3_nf_"))
     train, val, test = train.to(args.device), val.to(args.device), test.to(args.device)
     out_dir = args.out_dir = run_dir(args)
     out_dir.mkdir(parents=True, exist_ok=True)
 
-    # Model. The random numbers of an epoch are seeded with 10,000 * seed + epoch, where epoch 0 is
-    # the initialisation. So a run can be resumed without saving the state of torch's generator.
+    # Model. Epoch e is seeded with 10,000 * seed + e, and epoch 0 is the initialization. So a run
+    # can be resumed without saving the state of the random number generator.
     torch.manual_seed(10_000 * args.seed)
     model = Model([784], n_mixtures=args.n_mixtures)
-    model.logit.fit(data.train.images)
+    model.grey_levels.fit(data.train.images)
     model.to(args.device)
-    if args.device != "mps":  # where some versions of torch read such weights wrongly
-        model.to(memory_format=torch.channels_last)  # faster convolutions
-    averaged = copy.deepcopy(model).requires_grad_(False).eval()
-    groups = []
+    if args.device != "mps":  # on which some versions of torch misread such weights
+        model.to(memory_format=torch.channels_last)  # for faster convolutions
+    parameter_groups = []
     for layer in model.flow.layers:
-        factor = AUTOREGRESSIVE_LR if isinstance(layer, AutoregressiveLayer) else 1
-        groups.append({"params": layer.parameters(), "lr": factor * args.lr})
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        factor = AUTOREGRESSIVE_LR_FACTOR if isinstance(layer, AutoregressiveLayer) else 1
+        parameter_groups.append({"params": layer.parameters(), "lr": factor * args.lr})
+    optimizer = torch.optim.AdamW(
+        parameter_groups, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     total_updates = args.epochs * math.ceil(len(train) / args.batch_size)
-    total_updates = max(20, total_updates)  # with 10, OneCycleLR divides by zero
-    rates = [group["lr"] for group in groups]
+    total_updates = max(20, total_updates)  # OneCycleLR divides by zero at 10
+    rates = [group["lr"] for group in parameter_groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rates, total_updates, pct_start=0.1, cycle_momentum=False)
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"{data.name}, {n_parameters:,} parameters, {args.device}; writing to {out_dir}")
 
     # Resume
-    parts = {"model": model, "averaged": averaged, "optimizer": optimizer, "schedule": schedule}
-    rows = []  # of metrics.csv, one per epoch
-    best = None  # the averaged weights of the epoch with the best validation bpd
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    rows = []  # one per epoch, for metrics.csv
+    best = None  # the weights of the epoch with the best validation bpd
     if checkpoint:
         rows = checkpoint["rows"]
         best = checkpoint["best"]
@@ -869,17 +888,15 @@ def main(args):
             part.load_state_dict(checkpoint[name])
     else:
         keep_unfinished_run(out_dir)
-        save_samples(averaged, out_dir / "samples_start.png")
+        save_samples(model, out_dir / "samples_start.png")
 
     # Epochs
     for epoch in range(len(rows) + 1, args.epochs + 1):
         start = time.time()
         torch.manual_seed(10_000 * args.seed + epoch)
-        learning_rate = schedule.get_last_lr()[0]  # of the epoch's first update
+        learning_rate = schedule.get_last_lr()[0]  # at the epoch's first update
         batches = train[torch.randperm(len(train))].split(args.batch_size)
-        data_of_epoch = batches, val.split(500)
-        train_bpd, val_bpd = run_epoch(
-            model, data_of_epoch, optimizer, schedule, averaged, (epoch - 1) * len(batches))
+        train_bpd, val_bpd = run_epoch(model, (batches, val.split(500)), optimizer, schedule)
         if not math.isfinite(train_bpd + val_bpd):
             raise FloatingPointError(f"the loss in epoch {epoch} is not finite: "
                                      "start again with a smaller --lr")
@@ -894,11 +911,11 @@ def main(args):
         })
 
         if epoch == (args.epochs + 1) // 2:
-            save_samples(averaged, out_dir / "samples_half.png")
+            save_samples(model, out_dir / "samples_half.png")
         if val_bpd == min(row["val_bpd"] for row in rows):
-            best = copy.deepcopy(averaged.state_dict())
+            best = copy.deepcopy(model.state_dict())
         write_metrics(rows, out_dir / "metrics.csv")
-        (out_dir / "results.json").unlink(missing_ok=True)  # of an earlier run
+        (out_dir / "results.json").unlink(missing_ok=True)  # its absence marks an unfinished run
         settings = {name: getattr(args, name) for name in SETTINGS}
         content = {name: part.state_dict() for name, part in parts.items()}
         content.update(format=FORMAT, n_mixtures=args.n_mixtures, best=best, rows=rows,
@@ -907,17 +924,17 @@ def main(args):
         print("  ".join(f"{name} {value:<8.5g}" for name, value in rows[-1].items()))
 
     # Test
-    averaged.load_state_dict(best)
+    model.load_state_dict(best)
     torch.manual_seed(10_000 * args.seed + args.epochs + 1)
-    scores = evaluate(averaged, test, IW_SAMPLES)
-    save_samples(averaged, out_dir / "samples_end.png")
+    scores = evaluate(model, test, IW_SAMPLES)
+    save_samples(model, out_dir / "samples_end.png")
     train_curve = [row["train_bpd"] for row in rows]
     val_curve = [row["val_bpd"] for row in rows]
     save_bpd_plot(train_curve, val_curve, out_dir / "bpd.pdf")
     weights = {"format": FORMAT, "n_mixtures": args.n_mixtures, "best": best}
     save(weights, out_dir / "weights.pt")
 
-    seconds = sum(row["seconds"] for row in rows)
+    train_seconds = sum(row["seconds"] for row in rows)
     results = {name: getattr(args, name) for name in SETTINGS}
     results.update(
         device=args.device,
@@ -925,8 +942,8 @@ def main(args):
         python=platform.python_version(),
         torch=torch.__version__,
         parameters=n_parameters,
-        train_seconds=seconds,
-        images_per_s=len(train) * len(rows) / seconds,
+        train_seconds=train_seconds,
+        images_per_s=len(train) * len(rows) / train_seconds,
         peak_memory_mb=peak_memory_mb(args.device),
         best_epoch=val_curve.index(min(val_curve)) + 1,
         val_bpd=min(val_curve),
@@ -938,9 +955,9 @@ def main(args):
 
 
 if __name__ == "__main__":
-    # Lines are written at once, also to a file; characters that a console lacks are replaced.
+    # Write each line at once, even to a file, and replace characters that the console lacks.
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
-    # The user's own settings of matplotlib neither stop a run nor change its figures.
+    # Ignore the user's own settings of matplotlib, which can change figures or stop a run.
     os.environ["MPLBACKEND"] = "agg"
     import matplotlib
     matplotlib.rcdefaults()
@@ -965,6 +982,6 @@ if __name__ == "__main__":
                  "use a smaller --batch_size, or --device cpu")
     except (DataError, FloatingPointError, OSError) as error:
         message = str(error)
-        if isinstance(error, OSError) and error.errno and not error.filename:  # the disk is full
+        if isinstance(error, OSError) and error.errno and not error.filename:  # as on a full disk
             message += f", in {run_dir(arguments)}"
         sys.exit(f"{Path(__file__).name}: error: {message}")

@@ -25,28 +25,28 @@ sys.path.insert(0, str(REPORT.parent / "code"))
 import a3_nf  # noqa: E402
 
 
-class PlainLogit(a3_nf.EmpiricalLogit):
+class PlainLogit(a3_nf.GreyLevels):
     """z = logit(y / 256), the hand-out's: all grey levels have the same share."""
 
     def fit(self, images):
         self.set_shares(torch.full((256,), 1 / 256).double())
 
 
-class NoisyFeatures(a3_nf.EmpiricalLogit):
-    """The networks are given z, with the dequantization noise in it, four times."""
+class NoisyFeatures(a3_nf.GreyLevels):
+    """The networks are given h, with the dequantization noise in it, four times."""
 
-    def features(self, z):
-        return torch.cat([z] * self.n_features, dim=1)
+    def features(self, h):
+        return torch.stack([h] * self.n_features, dim=1)
 
 
 class NoCommonLevels(a3_nf.Mixture):
     """All learned components are logistic: those of the levels have no weight."""
 
     def components(self, parameters):
-        logits, means, log_scales = parameters.split(self.sizes, dim=1)
-        of_logistics, of_levels = logits.tensor_split([self.n_mixtures], dim=1)
-        logits = torch.cat([of_logistics, torch.full_like(of_levels, -100)], dim=1)
-        return super().components(torch.cat([logits, means, log_scales], dim=1))
+        log_weights, means, log_scales = parameters.split(self.sizes, dim=1)
+        of_logistics, of_levels = log_weights.tensor_split([self.n_mixtures], dim=1)
+        log_weights = torch.cat([of_logistics, torch.full_like(of_levels, -100)], dim=1)
+        return super().components(torch.cat([log_weights, means, log_scales], dim=1))
 
 
 class Affine:
@@ -54,8 +54,8 @@ class Affine:
 
     n_parameters = 2
 
-    def __init__(self, n_mixtures, logit):
-        self.logit = logit
+    def __init__(self, n_mixtures, grey_levels):
+        self.grey_levels = grey_levels
 
     def initial_parameters(self):
         return torch.zeros(2)
@@ -74,9 +74,9 @@ class Affine:
 class CouplingsOnly(a3_nf.MultiscaleFlow):
     """Couplings down to the last pixel in place of the autoregressive layer."""
 
-    def __init__(self, logit, n_hidden_coarse=32, n_mixtures=6):
-        super().__init__(logit, n_hidden_coarse=n_hidden_coarse, n_mixtures=n_mixtures)
-        mixture = a3_nf.Mixture(n_mixtures, logit)
+    def __init__(self, grey_levels, n_hidden_coarse=32, n_mixtures=6):
+        super().__init__(grey_levels, n_hidden_coarse=n_hidden_coarse, n_mixtures=n_mixtures)
+        mixture = a3_nf.Mixture(n_mixtures, grey_levels)
 
         def coupling(seen, changed):
             return a3_nf.MixtureCoupling(seen, changed, n_hidden_coarse, mixture)
@@ -97,19 +97,40 @@ class CouplingsOnly(a3_nf.MultiscaleFlow):
         self.layers = nn.ModuleList([*self.layers[:-1], *layers, last])
 
 
+class WithPosition(a3_nf.MixtureCoupling):
+    """The network is also told the rows and columns of the pixels that it changes."""
+
+    def __init__(self, seen, changed, n_hidden, mixture):
+        super().__init__(seen, changed, n_hidden, mixture)
+        n_features = mixture.grey_levels.n_features * len(seen)
+        net = a3_nf.residual_network(n_features + 2, n_hidden, mixture.n_parameters)
+        net[-1].bias.data = mixture.initial_parameters()
+        position = torch.stack([changed // 28, changed % 28]) / 14 - 1  # [2, H, W]
+        self.net = AppendPosition(position, net)
+
+
+class AppendPosition(nn.Module):
+    def __init__(self, position, net):
+        super().__init__()
+        self.register_buffer("position", position, persistent=False)
+        self.net = net
+
+    def forward(self, features):
+        position = self.position.expand(len(features), -1, -1, -1)  # [B, 2, H, W]
+        return self.net(torch.cat([features, position], dim=1))
+
+
 ABLATIONS = {  # name: what is replaced in a3_nf.py
     "as it is": {},
     "as it is, seed 1": {},  # tells how much chance there is in a difference
     "RealNVP": {},
-    "plain logit": {"EmpiricalLogit": PlainLogit},
-    "features with the noise": {"EmpiricalLogit": NoisyFeatures},
+    "plain logit": {"GreyLevels": PlainLogit},
+    "features with the noise": {"GreyLevels": NoisyFeatures},
     "no common levels": {"Mixture": NoCommonLevels},
     "affine map": {"Mixture": Affine},
     "couplings only": {"MultiscaleFlow": CouplingsOnly},
-    "no input dropout": {"INPUT_DROPOUT": 0.0},
-    "no averaged weights": {"EMA_DECAY": 0.0},
+    "with position": {"MixtureCoupling": WithPosition},
     "no standard logistic": {"STANDARD_WEIGHT": 0.0},
-    "standard logistic of weight 0.001": {"STANDARD_WEIGHT": 1e-3},
 }
 FLAGS = {"as it is, seed 1": ["--seed", "1"], "RealNVP": ["--n_mixtures", "0"]}
 
@@ -133,7 +154,8 @@ def measure(name, args):
         return result
 
     load, run_epoch = a3_nf.load, a3_nf.run_epoch
-    replaced = {**ABLATIONS[name], "load": load_less, "run_epoch": timed_epoch}
+    replaced = {**ABLATIONS[name], "load": load_less, "run_epoch": timed_epoch,
+                "save_samples": lambda *_: None}  # which nobody looks at
     with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(a3_nf, **replaced):
         flags = ["--epochs", "2", "--device", "cpu", "--out_dir", folder, *FLAGS.get(name, [])]
         a3_nf.main(a3_nf.parse_args(flags))

@@ -146,8 +146,8 @@ def test_the_simulation_refuses_what_a_gpu_would():
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_sampling_pixel_by_pixel(device):
     with RenamedDevice(device), SimulatedGPU(device):
-        logit = a3_nf.EmpiricalLogit().to(device)
-        layer = a3_nf.AutoregressiveLayer(torch.arange(3), 4, 5, a3_nf.Mixture(2, logit))
+        levels = a3_nf.GreyLevels().to(device)
+        layer = a3_nf.AutoregressiveLayer(torch.arange(3), 4, 5, a3_nf.Mixture(2, levels))
         layer.to(device)
         y = torch.randn(2, 3).to(device)
         ldj = torch.zeros(2, device=device)

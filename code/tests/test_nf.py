@@ -18,8 +18,8 @@ from a3_nf import (
     STANDARD_WEIGHT,
     AutoregressiveLayer,
     Coupling,
-    EmpiricalLogit,
     Flow,
+    GreyLevels,
     Mixture,
     MixtureCoupling,
     Model,
@@ -54,26 +54,26 @@ def log_abs_det(f, x):
 
 def encode(model, y):
     """Grey levels y in [0, 256] -> latent z and log-determinant."""
-    return model.flow(*model.logit(y))
+    return model.flow(*model.grey_levels(y))
 
 
-def to_grey(logit, z):
-    """The inverse of the EmpiricalLogit: z -> y in [0, 256]."""
-    level = logit.level(z)
-    u = (z.sigmoid() - logit.cdf[level]) / logit.p[level]
+def to_grey(levels, z):
+    """The inverse of the GreyLevels: z -> y in [0, 256]."""
+    level = levels.level(z)
+    u = (z.sigmoid() - levels.below[level]) / levels.share[level]
     return level + u.clamp(0, 1)
 
 
 def decode(model, z):
     z, _ = model.flow(z, torch.zeros_like(z[:, 0]), reverse=True)
-    return to_grey(model.logit, z)
+    return to_grey(model.grey_levels, z)
 
 
-def fitted_logit(dtype=torch.float32):
-    """An EmpiricalLogit of levels with different shares."""
-    logit = EmpiricalLogit().to(dtype)
-    logit.fit(torch.cat([torch.zeros(400).long(), torch.arange(256), torch.arange(256) // 2]))
-    return logit
+def fitted_levels(dtype=torch.float32):
+    """GreyLevels with different shares."""
+    levels = GreyLevels().to(dtype)
+    levels.fit(torch.cat([torch.zeros(400).long(), torch.arange(256), torch.arange(256) // 2]))
+    return levels
 
 
 TOYS = ["coupling", "autoregressive"]
@@ -82,8 +82,8 @@ TOYS = ["coupling", "autoregressive"]
 def toy_model(kind, seed=0):
     """A model of images of two pixels, with levels of different shares and random weights."""
     model = Model([784], n_mixtures=3)
-    model.logit = fitted_logit()
-    mixture = Mixture(3, model.logit)
+    model.grey_levels = fitted_levels()
+    mixture = Mixture(3, model.grey_levels)
     first, second = torch.tensor([[0]]), torch.tensor([[1]])
     if kind == "coupling":
         layers = [
@@ -141,15 +141,15 @@ def test_checkerboard_mask():
 @pytest.mark.parametrize("log_scale", [1.0, -1.0, -6.0])
 def test_mixture_against_scipy(log_scale):
     """Three logistics, uniform distributions on grey levels, and the standard logistic."""
-    logit = fitted_logit(torch.float64)
+    levels = fitted_levels(torch.float64)
     x = 4 * normal(50, 1).double()
     logits = normal(50, 8, 1, seed=1).double()
     means = 2 * normal(50, 3, 1).double()
     parameters = torch.cat([logits, means, torch.full_like(means, log_scale)], dim=1)
-    h, log_slope = Mixture(3, logit).transform(x, parameters)
+    h, log_slope = Mixture(3, levels).transform(x, parameters)
 
-    y = to_grey(logit, x).numpy()
-    dy_dx = (-logit(to_grey(logit, x))[1]).exp().view(50, 1).numpy()
+    y = to_grey(levels, x).numpy()
+    dy_dx = (-levels(to_grey(levels, x))[1]).exp().view(50, 1).numpy()
     weights = logits.softmax(1)[..., 0].numpy()  # [50, 8]
     x, means = x.numpy(), means[..., 0].numpy()
 
@@ -174,7 +174,7 @@ def test_mixture_is_inverted_far_out_and_between_narrow_components(dtype, accura
     means = 5 * normal(n, 8, 1, seed=1)
     log_scales = 3 * normal(n, 8, 1, seed=2)
     parameters = torch.cat([logits, means, log_scales], dim=1).to(dtype)
-    mixture = Mixture(8, fitted_logit(dtype))
+    mixture = Mixture(8, fitted_levels(dtype))
 
     y, log_slope = mixture.transform(x, parameters)
     assert y.isfinite().all()
@@ -193,7 +193,7 @@ def make_layers():
     """One layer of each kind, for 16 pixels, with random weights."""
     pixels = torch.arange(16).view(4, 4)
     a, b, c, d = pixels[0::2, 0::2], pixels[0::2, 1::2], pixels[1::2, 0::2], pixels[1::2, 1::2]
-    mixture = Mixture(3, fitted_logit(torch.float64))
+    mixture = Mixture(3, fitted_levels(torch.float64))
     layers = {
         "affine": Coupling(16, get_mask(4), 8),
         "affine, the other half": Coupling(16, 1 - get_mask(4), 8),
@@ -278,15 +278,6 @@ def test_each_pixel_of_the_autoregressive_layer_sees_those_before_it():
         assert changes.tolist() == [j < i for i in range(n)]
 
 
-def test_samples_do_not_depend_on_the_mode_of_the_autoregressive_layer():
-    """Dropout is for training alone, also in a model that is sampled while it is trained."""
-    layer = make_layers()["autoregressive"]
-    y, ldj = normal(4, 16).double(), torch.zeros(4).double()
-    expected, _ = layer.eval()(y, ldj, reverse=True)
-    samples, _ = layer.train()(y, ldj, reverse=True)
-    assert torch.equal(samples, expected)
-
-
 @pytest.mark.parametrize("n_mixtures", [0, 3])
 def test_log_determinant_of_a_whole_flow_against_autograd(n_mixtures):
     model = randomized(Model([784], n_mixtures).double().eval(), 0.1)
@@ -310,7 +301,7 @@ def test_invertibility_as_the_hand_outs_unit_test_asks_for_it(kind, scale):
     elif kind == "Coupling":
         model = Coupling(c_in=784, mask=get_mask())
     else:
-        model = MultiscaleFlow(fitted_logit()).eval()
+        model = MultiscaleFlow(fitted_levels()).eval()
     if scale:
         randomized(model, scale)
     z = normal(64, 784)
@@ -326,7 +317,7 @@ def test_invertibility_as_the_hand_outs_unit_test_asks_for_it(kind, scale):
 
 def test_the_multiscale_flow_changes_each_pixel_once_and_sees_only_pixels_of_the_image():
     """A layer must not see what a layer before it has changed: that is a latent variable."""
-    flow = MultiscaleFlow(fitted_logit())
+    flow = MultiscaleFlow(fitted_levels())
     changed = []
     for layer in flow.layers:
         if isinstance(layer, MixtureCoupling):
@@ -338,7 +329,7 @@ def test_the_multiscale_flow_changes_each_pixel_once_and_sees_only_pixels_of_the
 def test_the_order_of_the_pixels_is_the_one_drawn_in_the_script():
     drawn = [[1, 6, 3, 6], [7, 5, 7, 5], [4, 6, 2, 6], [7, 5, 7, 5]]
     order = torch.tensor(drawn).repeat(7, 7).flatten()
-    *couplings, last = MultiscaleFlow(fitted_logit()).layers
+    *couplings, last = MultiscaleFlow(fitted_levels()).layers
     for number, layer in zip([7, 6, 5, 4, 3], couplings, strict=True):
         assert set(order[layer.changed.flatten()].tolist()) == {number}
         assert set(order[layer.seen.flatten()].tolist()) <= set(range(1, number))
@@ -347,12 +338,12 @@ def test_the_order_of_the_pixels_is_the_one_drawn_in_the_script():
 
 # ---------------------------------------------------------------------------------- grey levels
 def test_log_determinant_of_the_grey_levels_against_autograd():
-    logit = EmpiricalLogit().double()
-    logit.fit(grey_images(20))
+    levels = GreyLevels().double()
+    levels.fit(grey_images(20))
     y = torch.tensor([[0.5, 1.01, 17.99, 254.5, 255.999]]).double()
-    z, ldj = logit(y)
-    assert ldj.item() == pytest.approx(log_abs_det(lambda y: logit(y.view(1, 5))[0][0], y[0]))
-    assert torch.allclose(to_grey(logit, z), y)
+    z, ldj = levels(y)
+    assert ldj.item() == pytest.approx(log_abs_det(lambda y: levels(y.view(1, 5))[0][0], y[0]))
+    assert torch.allclose(to_grey(levels, z), y)
     assert (z[0].diff() > 0).all()
 
 
@@ -360,12 +351,12 @@ def test_grey_levels_turn_the_training_pixels_into_the_prior():
     """Exactly so if half of them are black."""
     images = grey_images(500, seed=1).clamp(min=1)
     images = images.masked_fill(torch.rand(images.shape) < 0.5, 0)
-    logit = EmpiricalLogit()
-    logit.fit(images)
-    z, _ = logit(images[:40].float() + torch.rand(40, 784))
+    levels = GreyLevels()
+    levels.fit(images)
+    z, _ = levels(images[:40].float() + torch.rand(40, 784))
     assert stats.kstest(z.flatten().numpy(), "logistic").statistic < 0.02
     assert torch.equal(z < 0, images[:40] == 0)
-    assert torch.equal(to_grey(logit, z).floor(), images[:40].float())
+    assert torch.equal(to_grey(levels, z).floor(), images[:40].float())
 
 
 @pytest.mark.parametrize("x", [
@@ -389,26 +380,25 @@ def test_dequantization_is_uniform(monkeypatch):
 
 def test_a_mixture_can_give_black_exactly_its_probability():
     """So that the dequantization bound is tight: a black pixel costs the same wherever z is."""
-    logit = fitted_logit(torch.float64)
-    mixture = Mixture(1, logit)
+    levels = fitted_levels(torch.float64)
+    mixture = Mixture(1, levels)
     weights = torch.tensor([0.3, 0.6, 0.1, 1e-30, 1e-30, 1e-30]).double()  # of a logistic, levels
     parameters = torch.cat([weights.log(), torch.tensor([300.0, 0.0])]).view(1, 8, 1).double()
     for u in (0.1, 0.8):
-        x, ldj = logit(torch.tensor([[u]]).double())
+        x, ldj = levels(torch.tensor([[u]]).double())
         z, log_slope = mixture.transform(x, parameters)
         log_p = log_prior(z) + log_slope.sum(1) + ldj
-        expected = (1 - STANDARD_WEIGHT) * 0.6 + STANDARD_WEIGHT * logit.p[0].item()
+        expected = (1 - STANDARD_WEIGHT) * 0.6 + STANDARD_WEIGHT * levels.share[0].item()
         assert log_p.item() == pytest.approx(math.log(expected), abs=1e-8)
 
 
 def test_the_networks_are_told_nothing_of_the_dequantization_noise():
-    logit, x = fitted_logit(), grey_images(20).float()
-    low = logit.features(logit(x + 0.01)[0])
-    high = logit.features(logit(x + 0.99)[0])
-    assert low.shape == (20, 4 * 784)
+    levels, x = fitted_levels(), grey_images(20).float()
+    low = levels.features(levels(x + 0.01)[0])
+    high = levels.features(levels(x + 0.99)[0])
     assert torch.equal(low, high)
-    z, brightness, black, white = low.view(20, 4, 784).unbind(1)
-    assert torch.allclose(z, logit(x + 0.5)[0], atol=1e-5)
+    h, brightness, black, white = low.unbind(1)  # [20, 784] each
+    assert torch.allclose(h, levels(x + 0.5)[0], atol=1e-5)
     assert torch.equal(brightness, x / 128 - 1)
     assert torch.equal(black == 1, x == 0)
     assert torch.equal(white == 1, x >= 252)
@@ -417,7 +407,7 @@ def test_the_networks_are_told_nothing_of_the_dequantization_noise():
 # -------------------------------------------------------------------------------- the whole model
 def test_log_p_of_the_whole_model_against_autograd(monkeypatch):
     model = randomized(Model([784], n_mixtures=2).double().eval(), 0.1)
-    model.logit.fit(grey_images(20))
+    model.grey_levels.fit(grey_images(20))
     x = grey_images(1, seed=1)
     monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 0.3))
     z, _ = encode(model, x + 0.3)
@@ -475,7 +465,7 @@ def test_samples_have_the_distribution_of_the_density(kind):
 def test_an_untrained_realnvp_costs_what_the_grey_levels_do():
     """The cross-entropy of an image and the shares of the levels: a black pixel costs 1 bit."""
     model, x = Model([784], n_mixtures=0), grey_images(50)
-    model.logit.fit(x)
+    model.grey_levels.fit(x)
     p = torch.bincount(x.flatten(), minlength=256).double() + 1
     p[0] = 0
     p = p / p.sum() / 2
@@ -493,7 +483,7 @@ def trained():
     small = grey_images(64, 196).view(64, 14, 14)
     x = small.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2).flatten(1)
     model = Model([784], n_mixtures=4)
-    model.logit.fit(x)
+    model.grey_levels.fit(x)
     optimizer = torch.optim.AdamW(model.parameters(), 8e-3)
     curve = [epoch_iter(model.train(), x.split(32), optimizer) for _ in range(15)]
     return model.eval(), x, curve
@@ -511,10 +501,10 @@ def test_it_learns(trained):
 def test_the_components_of_a_mixture_do_not_become_one(trained):
     model, x, _ = trained
     layer = model.flow.layers[0]
-    z, _ = model.logit(x + 0.5)
-    parameters = layer.net(model.logit.features(z[:, layer.seen])).unsqueeze(2)
+    z, _ = model.grey_levels(x + 0.5)
+    parameters = layer.net(model.grey_levels.features(z[:, layer.seen]).flatten(1, 2))
     _, means, _ = layer.mixture.components(parameters)
-    assert (means.sort(dim=1).values.diff(dim=1).abs().mean(dim=(0, 2, 3, 4)) > 0.02).all()
+    assert (means.sort(dim=1).values.diff(dim=1).abs().mean(dim=(0, 2, 3)) > 0.02).all()
 
 
 def images_with_extremes(x):
@@ -527,7 +517,7 @@ def images_with_extremes(x):
 @torch.no_grad()
 def test_images_are_recovered_after_training_also_extreme_ones(trained, u):
     model, x = copy.deepcopy(trained[0]).double(), trained[1]
-    model.logit.fit(x)  # again, in double precision
+    model.grey_levels.fit(x)  # again, in double precision
     y = images_with_extremes(x).double() + u
     z, _ = encode(model, y)
     assert (decode(model, z) - y).abs().max() < 1e-7  # grey levels
@@ -553,7 +543,8 @@ def test_latent_variables_are_recovered_in_single_precision(trained, u):
         away_from_edges = ((y % 1 > 1e-3) & (y % 1 < 1 - 1e-3)).all(1)  # where levels are rounded
         assert away_from_edges.sum() >= 10
         error = (back.sigmoid() - z.sigmoid())[away_from_edges].abs()
-        assert error.max() < 1e-3
+        assert error.mean() < 1e-5
+        assert error.max() < 5e-3
 
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2 ** -24], ids=["lowest noise", "highest noise"])
@@ -576,6 +567,35 @@ def test_seconds_to_a_target_count_whole_epochs():
     assert a3_nf.seconds_to(1.0, rows) is None
 
 
+def test_the_multiscale_flow_resumes_bit_for_bit(glyphs_dir, tmp_path, monkeypatch):
+    """Interrupted in epoch 2; test_scripts.py does the same to RealNVP, by signals."""
+    def run(*argv):
+        common = ["--device", "cpu", "--dataset", "glyphs", "--data_dir", str(glyphs_dir)]
+        a3_nf.main(a3_nf.parse_args([*argv, *common]))
+
+    monkeypatch.setattr(a3_nf, "save_samples", lambda *_: None)  # most of the time of a dry run
+    whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
+    new_run = ["--dry_run", "--n_mixtures", "2", "--batch_size", "8"]
+    run(*new_run, "--out_dir", str(whole))
+
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def clip_or_interrupt(*args):
+        if (interrupted / "checkpoint.pt").exists():
+            raise KeyboardInterrupt
+        clip(*args)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_or_interrupt)
+        run(*new_run, "--out_dir", str(interrupted))
+    assert not (interrupted / "weights.pt").exists()
+    run("--resume", "--out_dir", str(interrupted))
+
+    expected = torch.load(whole / "weights.pt", weights_only=True)["best"]
+    found = torch.load(interrupted / "weights.pt", weights_only=True)["best"]
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
 # --------------------------------------------------------------------------------------- ablations
 sys.path.insert(0, str(Path(a3_nf.__file__).parents[1] / "report"))
 ablations = importlib.import_module("ablations")
@@ -587,9 +607,9 @@ def test_an_ablated_model_is_a_flow_as_well(name, monkeypatch):
     for attribute, value in ablations.ABLATIONS[name].items():
         monkeypatch.setattr(a3_nf, attribute, value)
     model = Model([784], n_mixtures=2)
-    model.logit.fit(grey_images(20))
+    model.grey_levels.fit(grey_images(20))
     model = randomized(model, 0.07).double().eval()
-    z, _ = model.logit(grey_images(3, seed=1) + 0.4)
+    z, _ = model.grey_levels(grey_images(3, seed=1) + 0.4)
     ldj = torch.zeros(3).double()
     out, forward = model.flow(z, ldj)
     assert forward.abs().min() > 1

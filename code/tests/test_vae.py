@@ -129,7 +129,7 @@ def test_loss_and_gradient_are_unbiased_estimates(z_dim):
         gradient, = torch.autograd.grad(loss, bias)
         return torch.cat([loss.detach().view(1), gradient])
 
-    n = 2001
+    n = 1001
     eps = torch.linspace(-7, 7, n).unsqueeze(1)
     weights = torch.exp(-0.5 * eps[:, 0] ** 2) / math.sqrt(2 * math.pi) * 14 / (n - 1)
     mean, std = model.encoder(x)
@@ -139,7 +139,7 @@ def test_loss_and_gradient_are_unbiased_estimates(z_dim):
     assert reconstruction.std() > 0.1  # the test is not about a constant
     assert expected[1:].abs().min() > 0.05
 
-    estimates = torch.stack([with_gradient(model(x.expand(400, -1))) for _ in range(30)])
+    estimates = torch.stack([with_gradient(model(x.expand(100, -1))) for _ in range(30)])
     error = (estimates.mean(0) - expected).abs()
     assert (error < 5 * estimates.std(0) / 30 ** 0.5).all()
 
@@ -241,15 +241,14 @@ def test_run_epoch_trains_on_the_first_and_measures_on_the_second(module, sign):
     assert not model.training
 
 
-@both
-def test_averaged_weights_follow_their_formula_and_are_those_that_are_validated(module, sign):
+def test_averaged_weights_follow_their_formula_and_are_those_that_are_validated():
     """Plain gradient descent on a constant gradient: after n updates the weight is 1 - 0.01 n."""
-    model = MeanPixel(module)
+    model = MeanPixel(a3_vae)
     averaged = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1)
     data = images_of(*[1] * 30), images_of(1)
-    _, validated = module.run_epoch(model, data, optimizer, schedule, averaged)
+    _, validated = a3_vae.run_epoch(model, data, optimizer, schedule, averaged)
 
     expected = 1
     for n in range(1, 31):
@@ -257,16 +256,7 @@ def test_averaged_weights_follow_their_formula_and_are_those_that_are_validated(
         expected = decay * expected + (1 - decay) * (1 - 0.01 * n)
     assert averaged.weight.item() == pytest.approx(expected)
     assert model.weight.item() == pytest.approx(0.7)
-    assert validated == pytest.approx(sign * expected)
-
-
-@pytest.mark.parametrize("module, step", [(a3_vae, 9 / 10_010), (a3_nf, 1 - a3_nf.EMA_DECAY)])
-def test_step_of_the_average_after_many_updates(module, step):
-    """The VAE averages over a share of all updates, the flow over the last thousand."""
-    model, averaged = MeanPixel(module), MeanPixel(module)
-    torch.nn.init.zeros_(model.weight)
-    module.update_average(averaged, model, 10_000)
-    assert 1 - averaged.weight.item() == pytest.approx(step, rel=1e-3)
+    assert validated == pytest.approx(-expected)
 
 
 def test_shift_some_moves_a_share_of_the_images_by_up_to_a_pixel():
