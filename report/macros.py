@@ -23,7 +23,7 @@ RUNS = {  # prefix of the macros: folder, the command that fills it, its result,
     "vae": ("vae_z20", "python a3_vae.py --zdim 20", "test_elbo", [1, 2]),
     "vaeTwo": ("vae_z2", "python a3_vae.py --zdim 2", "test_elbo", [1, 2]),
     "gan": ("gan", "python a3_gan.py --n_epochs 200", "fid", [1, 2]),
-    "nf": ("nf", "python a3_nf.py", "test_bpd", [1, 2]),
+    "nf": ("nf", "python a3_nf.py", "test_bpd", []),
 }  # the runs of the other seeds are in vae_z20_seed1 and so on
 SCORED = ["vae", "gan", "nf"]  # those whose samples are scored
 DIGITS = ["Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine"]
@@ -109,6 +109,7 @@ def read_ablations():
             values[name] = f"{bpd:.3f}"
             difference = bpd - bits["as it is"]
             values[f"{name}_more"] = rf"\ensuremath{{{difference:+.3f}}}"
+            values[f"{name}_difference"] = f"{abs(difference):.3f}"
     except (OSError, ValueError, LookupError) as error:
         sys.exit(f"macros.py: error: no ablations in {path} ({error}): "
                  "make them with python report/ablations.py")
@@ -119,13 +120,14 @@ def add_mean(values, key, runs):
     """Mean and standard deviation over the runs of one entry of their results."""
     figures = [results[key] for results in runs]
     values[f"{key}_mean"] = statistics.mean(figures)
-    values[f"{key}_std"] = statistics.stdev(figures)
+    if len(runs) > 1:
+        values[f"{key}_std"] = statistics.stdev(figures)
 
 
 def in_words(items):
     """[42, 1, 2] -> "42, 1 and 2"."""
     *others, last = map(str, items)
-    return f"{', '.join(others)} and {last}"
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def show(prefix, values):
@@ -162,15 +164,17 @@ def main():
             generator = values["parameters_generator"]
             values["parameters_discriminator"] = values["parameters"] - generator
             values["classifier_percent"] = f"{100 * values['classifier_test_accuracy']:.1f}"
+            for n_sets in (20, 5):  # the standard error of a mean over so many sets
+                values[f"fid_error_of_{n_sets}_sets"] = values["fid_set_std"] / math.sqrt(n_sets)
             values["rarest_percent"] = f"{100 * min(values['class_shares']):.1f}"
             values |= {f"reference_{key}": value for key, value in values["reference"].items()}
             path = values["interpolation"]
             values["from_digit"], values["to_digit"] = path["digits"]
         if prefix == "nf":
-            for key in ("fid", "coverage", "confident_share"):
-                add_mean(values, f"samples_{key}", runs)
-            gap = values["val_bpd"] - values["last_train_bpd"]
-            values["gap_nats"] = round(gap * 784 * math.log(2))  # an image
+            values["gap_bits"] = f"{values['val_bpd'] - values['last_train_bpd']:.3f}"
+            values["test_bpd_of_seeds"] = f"{values['test_bpd_mean']:.4f}"
+            if len(runs) > 1:
+                values["test_bpd_of_seeds"] += rf"\ensuremath{{\pm{values['test_bpd_std']:.4f}}}"
         show(prefix, values)
     show("binarized", read_scores("binarized", "the command in README.md"))
     show("ablation", read_ablations())
