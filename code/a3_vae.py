@@ -494,9 +494,9 @@ def parse_args(argv=None):
             parser.error(f"--{name} must be between {low} and {2 ** 31 - 1}")
     if args.device is None:
         args.device = default_device()
-    fault = fault_of(args.device)
-    if fault is not None:
-        parser.error(f"--device {args.device} cannot be used ({fault}): try --device cpu")
+    elif fault_of(args.device):
+        parser.error(f"--device {args.device} cannot be used ({fault_of(args.device)}): "
+                     "try --device cpu")
     return args
 
 
