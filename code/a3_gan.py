@@ -262,12 +262,12 @@ def frechet_distance(a, b):
 
     Heusel et al. (2017), equation 6.
     """
-    a, b = a.double().numpy(), b.double().numpy()
-    S_a, S_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    eigenvalues = np.linalg.eigvals(S_a @ S_b).real.clip(min=0)
-    trace_of_root = np.sqrt(eigenvalues).sum()  # the trace is the sum of the eigenvalues
+    a, b = a.double(), b.double()
+    S_a, S_b = torch.cov(a.T), torch.cov(b.T)
+    eigenvalues = torch.linalg.eigvals(S_a @ S_b).real.clamp(min=0)
+    trace_of_root = eigenvalues.sqrt().sum()  # the trace is the sum of the eigenvalues
     distance_of_means = ((a.mean(0) - b.mean(0)) ** 2).sum()
-    return float(distance_of_means + np.trace(S_a) + np.trace(S_b) - 2 * trace_of_root)
+    return (distance_of_means + S_a.trace() + S_b.trace() - 2 * trace_of_root).item()
 
 
 def neighbour_radii(real, k=5):
