@@ -3,8 +3,8 @@
     python a3_gan.py --n_epochs 200                     # figures and results in report/figures/gan
     python a3_gan.py --n_epochs 20 --out_dir gan20      # a tenth of the time
 
-Expect the samples to be at a Fréchet distance of 0.75 from the test images, after 42 to 73 minutes
-on two cores; lower is better. The validation images, as a single set, are at 0.86. The features are
+Expect the samples to have a Fréchet distance of 0.75 to the test images (lower is better), after 42
+to 73 minutes on two cores. The validation images, which are fewer, have 0.86. The features are
 those of a LeNet-5 that is trained here, and not Inception's. This also holds wherever the code says
 FID, so its numbers cannot be compared with published ones.
 
@@ -36,7 +36,7 @@ from tqdm import tqdm
 from datasets import DATA_DIR, DataError, load
 
 BATCH_NORM_EPOCHS = 3  # then batch norm keeps its statistics: G is trained as it is evaluated
-R1_GAMMA = 10.0  # weight of the gradient penalty, without which D memorises the training images
+R1_GAMMA = 10.0  # D's gradient penalty has the weight gamma / 2. Without it, D memorises images
 R1_EVERY = 16  # batches per penalty. With 1, the Fréchet distance after 20 epochs is 1.28, not 1.13
 FID_EVERY = 10  # epochs per measurement of the Fréchet distance; first and last always have one
 IMAGE_SHAPES = [(784,), (28, 28), (1, 28, 28)]  # for --score: the shapes that an image may have
@@ -75,7 +75,7 @@ class Generator(nn.Module):
         return self.net(z)
 
     def sample(self, n_samples):
-        """Images of noise z ~ N(0, I): pixels, uint8 [n_samples, 784]. Call eval() first."""
+        """G(z) for z ~ N(0, I), as pixels uint8 [n_samples, 784]. Call eval() first."""
         z = torch.randn(n_samples, self.latent_dim)  # on the CPU: the same noise on every device
         return generate(self, z)
 
@@ -121,6 +121,7 @@ def gradient_penalty(discriminator, images):
     """E |d logit / d x|^2 over real images, a scalar: R1 of Mescheder et al. (2018)."""
     images = images.detach().requires_grad_()
     logits = discriminator(images)
+    # Each logit depends on its own image alone, so the gradient of the sum has them all
     gradient, = torch.autograd.grad(logits.sum(), images, create_graph=True)  # [B, 1, 28, 28]
     return gradient.square().sum((1, 2, 3)).mean()  # over pixels, over the batch
 
@@ -150,7 +151,7 @@ def noise(n, latent_dim, seed):
 @torch.no_grad()
 def update_average(averaged, model, n_updates):
     """averaged = decay * averaged + (1 - decay) * model, a moving average of the weights."""
-    decay = (1 + n_updates) / (10 + n_updates)  # over about the last tenth of the updates so far
+    decay = (1 + n_updates) / (10 + n_updates)  # so it spans about the last tenth of the updates
     for average, current in zip(averaged.parameters(), model.parameters(), strict=True):
         average.lerp_(current, 1 - decay)
     for average, current in zip(averaged.buffers(), model.buffers(), strict=True):
@@ -163,8 +164,9 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D, schedu
     """One epoch: for each batch an update of the discriminator, then one of the generator.
 
     dataloader: any iterable of batches of images [B, 1, 28, 28] in [-1, 1], with or without labels.
-    n_updates: batches before this epoch, which set the decay of `averaged` and number the pictures.
-    save_interval: batches between pictures in out_dir of samples of `averaged`; 0 for none.
+    averaged: a copy of the generator, which becomes the moving average of its weights.
+    n_updates: how many updates came before this epoch. The decay of the average depends on it.
+    save_interval: after so many updates, each time, samples of `averaged` are saved in out_dir.
     Returns the mean losses in nats: the discriminator's, without the penalty, and the generator's.
     Raises ValueError if the first batch is not in [-1, 1].
     """
@@ -189,7 +191,7 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D, schedu
         loss_D.backward()
         if (step - 1) % R1_EVERY == 0:  # on few batches, so with R1_EVERY times the weight
             penalty = gradient_penalty(discriminator, images)
-            (R1_GAMMA / 2 * R1_EVERY * penalty).backward()
+            (R1_GAMMA / 2 * R1_EVERY * penalty).backward()  # adds to the gradients
         optimizer_D.step()
 
         # The generator's step, for which the discriminator's weights need no gradients
@@ -219,8 +221,8 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D, schedu
 def train_classifier(images, labels, epochs=5, batch_size=128):
     """A LeNet-5 (LeCun et al. 1998), whose features are used to evaluate samples.
 
-    images: uint8 [N, 784]. The seed is always the same, so that all runs are measured alike, but
-    for rounding: another number of threads gives slightly other weights.
+    images: uint8 [N, 784]. The seed is fixed, so that all runs are measured by the same classifier
+    (nearly: a different number of threads rounds differently).
     """
     torch.manual_seed(0)
     classifier = nn.Sequential(
@@ -264,6 +266,7 @@ def frechet_distance(a, b):
     """
     a, b = a.double(), b.double()
     S_a, S_b = torch.cov(a.T), torch.cov(b.T)
+    # The eigenvalues are real and not negative, but for rounding
     eigenvalues = torch.linalg.eigvals(S_a @ S_b).real.clamp(min=0)
     trace_of_root = eigenvalues.sqrt().sum()  # the trace is the sum of the eigenvalues
     distance_of_means = ((a.mean(0) - b.mean(0)) ** 2).sum()
@@ -271,7 +274,7 @@ def frechet_distance(a, b):
 
 
 def neighbour_radii(real, k=5):
-    """The distance of each real feature [N, d] to its k-th nearest neighbour, [N]."""
+    """The distance of each real feature vector, [N, d], to its k-th nearest neighbour, [N]."""
     radii = []
     for batch in real.split(1000):
         distances = torch.cdist(batch, real)
@@ -280,33 +283,34 @@ def neighbour_radii(real, k=5):
 
 
 def coverage(real, fake, radii):
-    """Share of the real features [N, d] that have a fake one within their own radius."""
+    """Share of the real feature vectors, [N, d], that have a fake one within their radius."""
     nearest = torch.cat([torch.cdist(batch, fake).amin(1) for batch in real.split(1000)])
     return (nearest < radii).double().mean().item()
 
 
 def sets_of_fakes(real, fake):
-    """The fake features in sets as large as the real set, since the distance depends on the size.
+    """Split the fake feature vectors into sets of as many as there are real ones.
 
-    A remainder is dropped. If there are fewer fake features than real ones, they are one set.
+    So all Fréchet distances, which depend on the number of images, can be compared. A remainder is
+    dropped. If there are fewer fake vectors than real ones, they are one set.
     """
     n_sets = max(1, len(fake) // len(real))
     return fake[:n_sets * len(real)].split(len(real))
 
 
-def frechet_distances(real, fake):
-    """The Fréchet distance of each set of fake features to the real features, [N, 84] each."""
+def frechet_distance_per_set(real, fake):
+    """The Fréchet distance of each set of fake feature vectors to the real ones: a numpy array."""
     return np.array([frechet_distance(real, part) for part in sets_of_fakes(real, fake)])
 
 
 def mean_coverage(real, fake):
-    """Mean coverage of the real features by the sets of fake ones, [N, 84] each."""
+    """Mean coverage of the real feature vectors by each set of fake ones."""
     radii = neighbour_radii(real)
     return float(np.mean([coverage(real, part, radii) for part in sets_of_fakes(real, fake)]))
 
 
 def nearest_distance(pixels, train_pixels):
-    """Euclidean distance to the nearest training image: uint8 [N, 784] -> [N], for pixels / 255."""
+    """Distance to the nearest training image: uint8 [N, 784] -> [N], Euclidean, of pixels / 255."""
     train_images = train_pixels.float() / 255
     nearest = []
     for batch in pixels.float().split(250):
@@ -315,7 +319,7 @@ def nearest_distance(pixels, train_pixels):
 
 
 def score(pixels, classifier, train_images, test_images):
-    """Compare samples, uint8 [N, 784], with the test images, and 2000 also with training images.
+    """Compare samples, uint8 [N, 784], with the test images, and the first 2000 with training ones.
 
     Fréchet distance and coverage are means over sets of samples as large as the test set.
     fid_set_std: standard deviation of the distance over these sets; None if there is only one.
@@ -326,7 +330,7 @@ def score(pixels, classifier, train_images, test_images):
     fake, probabilities = classify(classifier, pixels)
     real, _ = classify(classifier, test_images)
     digits = probabilities.argmax(1)
-    distances = frechet_distances(real, fake)
+    distances = frechet_distance_per_set(real, fake)
     return {
         "fid": distances.mean().item(),
         "fid_set_std": distances.std(ddof=1).item() if len(distances) > 1 else None,
@@ -350,11 +354,11 @@ def slerp(start, end, n=9):
 
 
 # --------------------------------------------------------------------------------------- figures
-def save_curves(rows, filename, fid_floor):
+def save_curves(rows, filename, reference_fid):
     """Losses of each epoch, with their values at equilibrium, and the Fréchet distance.
 
-    The distance is that of samples to the validation images. fid_floor, the distance between the
-    validation and the test images, shows what is good.
+    The distance is that of samples to the validation images. For comparison, reference_fid is the
+    distance of the test images to the validation images.
     """
     from matplotlib.figure import Figure  # not pyplot, which looks for a display
     figure = Figure(figsize=(6, 2.4), layout="constrained")
@@ -374,9 +378,10 @@ def save_curves(rows, filename, fid_floor):
     fids = [row["val_fid"] for row in measured]
     epochs = [row["epoch"] for row in measured]
     right.plot(epochs, fids, ".-", label=f"samples (best {min(fids):.2f})")
-    label = f"test images ({fid_floor:.2f})"  # at this distance from the validation images
-    right.axhline(fid_floor, color="black", linestyle=":", label=label)
-    right.set(xlabel="epoch", ylabel="Fréchet distance", ylim=(0, 2.5 * max(fid_floor, min(fids))))
+    label = f"test images ({reference_fid:.2f})"
+    right.axhline(reference_fid, color="black", linestyle=":", label=label)
+    top = 2.5 * max(reference_fid, min(fids))
+    right.set(xlabel="epoch", ylabel="Fréchet distance", ylim=(0, top))
     right.legend()
     figure.savefig(filename)
 
@@ -397,10 +402,9 @@ def save_samples(generator, filename):
 def save_interpolation(generator, classifier, filename):
     """Nine images from one sample to another, of a different digit (question 2.7).
 
-    The ends are the sample, of 1000, for which the classifier has the highest probability, and the
-    one with the highest among those of other digits. The path is spherical, since noise
-    z ~ N(0, I) lies near a sphere, of radius sqrt(latent_dim). Returns the digits at the ends and
-    their probabilities.
+    The start is the sample, of 1000, of whose digit the classifier is surest; the end is the surest
+    sample of any other digit. The path is spherical, since noise z ~ N(0, I) lies near a sphere, of
+    radius sqrt(latent_dim). Returns the digits at the ends and their probabilities.
     """
     z = noise(1000, generator.latent_dim, seed=2)
     _, probabilities = classify(classifier, generate(generator, z))  # [1000, 10]
@@ -418,7 +422,7 @@ def save_interpolation(generator, classifier, filename):
 
 # --------------------------------------------------------------------------- the files of a run
 def run_dir(args):
-    """The folder of the run. Runs on glyphs have another, so that MNIST's figures are safe."""
+    """The folder of the run. Runs on glyphs get another, so that MNIST's figures are kept."""
     if args.out_dir:
         return args.out_dir
     name = "gan"
@@ -447,7 +451,7 @@ def save(content, path):
 def load_checkpoint(path):
     """The content of a checkpoint.pt or weights.pt. Raises OSError for any other file."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)  # runs no code in it
+        content = torch.load(path, map_location="cpu", weights_only=True)  # no code in it is run
         if content["format"] == FORMAT:
             return content
     except Exception:  # torch raises exceptions of many types
@@ -465,7 +469,10 @@ def load_model(checkpoint, device="cpu"):
 
 
 def keep_unfinished_run(out_dir):
-    """Rename the checkpoint of an unfinished run, so that a new run does not overwrite it."""
+    """Rename the checkpoint of an unfinished run, so that a new run does not overwrite it.
+
+    A finished run has a results.json, which is written last.
+    """
     checkpoint = out_dir / "checkpoint.pt"
     if checkpoint.exists() and not (out_dir / "results.json").exists():
         kept = out_dir / f"checkpoint-{time.strftime('%Y%m%d-%H%M%S')}.pt"
@@ -482,7 +489,7 @@ def write_metrics(rows, path):
 
 
 def peak_memory_mb(device):
-    """The run's peak memory in MiB, on a GPU the GPU's; None for a CPU on Windows."""
+    """Peak memory in MiB: that of a cuda GPU, otherwise the process's (None on Windows)."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2 ** 20
     try:
@@ -656,7 +663,7 @@ def main(args):
         checkpoint = load_checkpoint(args.out_dir / "checkpoint.pt")
         settings = checkpoint["settings"]
         vars(args).update(settings)
-        print(f"the run continues with its own settings, and no others: {settings}")
+        print(f"the run continues with its own settings, not the command line's: {settings}")
 
     # Data
     data = load(args.dataset, args.data_dir)
@@ -689,9 +696,12 @@ def main(args):
     # A smaller last batch, whose mean and variance would be noisier, is left out.
     n_batches = max(1, len(images) // args.batch_size)
     n_images = min(len(images), n_batches * args.batch_size)  # used in an epoch
-    # The rates fall to one half in 20 epochs and then stay: at lower ones D memorises the images.
-    schedule_G = torch.optim.lr_scheduler.LinearLR(optimizer_G, 1, 0.5, 20 * n_batches)
-    schedule_D = torch.optim.lr_scheduler.LinearLR(optimizer_D, 1, 0.5, 20 * n_batches)
+    # The rates fall to one half in 20 epochs and then stay. In trials where they fell further, D
+    # began to memorise the images.
+    schedule_G = torch.optim.lr_scheduler.LinearLR(
+        optimizer_G, start_factor=1, end_factor=0.5, total_iters=20 * n_batches)
+    schedule_D = torch.optim.lr_scheduler.LinearLR(
+        optimizer_D, start_factor=1, end_factor=0.5, total_iters=20 * n_batches)
     n_parameters_G = sum(p.numel() for p in generator.parameters())
     n_parameters_D = sum(p.numel() for p in discriminator.parameters())
     print(f"{data.name}, {n_parameters_G:,} (G) and {n_parameters_D:,} (D) parameters, "
@@ -720,8 +730,8 @@ def main(args):
 
     # Fréchet distances compare features of a classifier, which is trained first
     classifier = train_classifier(train_set.images, train_set.labels)
-    real, _ = classify(classifier, val_set.images)
-    val_noise = noise(5 * len(val_set.images), args.latent_dim, seed=0)
+    val_features, _ = classify(classifier, val_set.images)
+    val_noise = noise(5 * len(val_set.images), args.latent_dim, seed=0)  # for a mean of 5 sets
 
     # Epochs
     for epoch in range(len(rows) + 1, args.epochs + 1):
@@ -741,8 +751,8 @@ def main(args):
                                      "start again with a smaller --lr")
         val_fid = math.nan
         if epoch in (1, args.epochs) or epoch % FID_EVERY == 0:
-            fake, _ = classify(classifier, generate(averaged, val_noise))
-            val_fid = frechet_distances(real, fake).mean().item()
+            fake_features, _ = classify(classifier, generate(averaged, val_noise))
+            val_fid = frechet_distance_per_set(val_features, fake_features).mean().item()
         seconds = time.time() - start
         rows.append({
             "epoch": epoch,
@@ -756,10 +766,10 @@ def main(args):
 
         if epoch == (args.epochs + 1) // 2:
             save_samples(averaged, out_dir / "samples_half.png")
-        if val_fid == np.nanmin([row["val_fid"] for row in rows]):
+        if val_fid == np.nanmin([row["val_fid"] for row in rows]):  # never so if it is nan
             best = copy.deepcopy(averaged.state_dict())
         write_metrics(rows, out_dir / "metrics.csv")
-        (out_dir / "results.json").unlink(missing_ok=True)  # its absence marks an unfinished run
+        (out_dir / "results.json").unlink(missing_ok=True)  # of an earlier run in this folder
         settings = {name: getattr(args, name) for name in SETTINGS}
         content = {name: part.state_dict() for name, part in parts.items()}
         content.update(format=FORMAT, latent_dim=args.latent_dim, best=best, rows=rows,
@@ -770,8 +780,8 @@ def main(args):
     # Test
     averaged.load_state_dict(best)
     averaged.cpu()
-    save(averaged.state_dict(), out_dir / "mnist_generator.pt")  # as in the template
-    test_noise = noise(20 * len(test_set.images), args.latent_dim, seed=1)
+    save(averaged.state_dict(), out_dir / "mnist_generator.pt")  # which the template asks for
+    test_noise = noise(20 * len(test_set.images), args.latent_dim, seed=1)  # for a mean of 20 sets
     samples = generate(averaged, test_noise)
     scores = score(samples, classifier, train_set.images, test_set.images)
     reference = score(val_set.images, classifier, train_set.images, test_set.images)
@@ -812,7 +822,7 @@ def main(args):
 if __name__ == "__main__":
     # Write each line at once, even to a file, and replace characters that the console lacks.
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
-    # Ignore the user's own settings of matplotlib, which can change figures or stop a run.
+    # Ignore the user's matplotlib settings, which could change the figures or stop the run.
     os.environ["MPLBACKEND"] = "agg"
     import matplotlib
     matplotlib.rcdefaults()

@@ -7,9 +7,10 @@ The script has two models. The first is RealNVP (Dinh et al. 2017, Density estim
 NVP), the flow that the hand-out describes, with affine couplings and checkerboard masks. The
 second, which is the default, needs fewer bits and gives better samples. It is a multi-scale
 autoregressive model, as in Reed et al. (2017), Parallel multiscale autoregressive density
-estimation, written as a flow. Each pixel is transformed exactly once, by the CDF of a mixture, as
-in Ho et al. (2019), Flow++. The mixture depends on other pixels of the original image. The later
-couplings of RealNVP, by contrast, depend on pixels that earlier ones have already transformed.
+estimation, written as a flow. After a fixed map of its grey level, each pixel is transformed
+exactly once, through the CDF of a mixture, as in Ho et al. (2019), Flow++. The mixture depends on
+other pixels of the original image. The later couplings of RealNVP, by contrast, depend on pixels
+that earlier ones have already transformed.
 
 Expect 0.966 bits per dimension on the test set, with one draw of the dequantization noise, after
 67 minutes on two CPU cores. The first epoch already ends below the hand-out's target of 1.85.
@@ -78,7 +79,10 @@ def sample_prior(size):
 
 # --------------------------------------------------------------------------- first model: RealNVP
 def get_mask(side=28):
-    """The checkerboard of Dinh et al. (2017), [1, side * side]: 1 for pixels that are kept."""
+    """A checkerboard, as in Dinh et al. (2017), [1, side * side]: 1 for pixels that are kept.
+
+    These are the ones whose row + column is even.
+    """
     row = torch.arange(side).view(side, 1)
     column = torch.arange(side).view(1, side)
     return ((row + column + 1) % 2).view(1, -1)
@@ -107,7 +111,7 @@ def residual_network(n_in, n_hidden, n_out):
 
 
 class Coupling(nn.Module):
-    """RealNVP's affine coupling (Dinh et al. 2017, equations 7 to 9). With the mask b,
+    """RealNVP's affine coupling (Dinh et al. 2017, equations 6 to 9). With the mask b,
 
         y = b * x + (1 - b) * (x * exp(s) + t)     where  s, t = net(b * x)
         x = b * y + (1 - b) * (y - t) * exp(-s)    since  b * y = b * x
@@ -141,7 +145,10 @@ class Coupling(nn.Module):
 
 
 class Flow(nn.Module):
-    """RealNVP: n_flows pairs of couplings. Each of the two changes one half of the pixels."""
+    """RealNVP: n_flows pairs of couplings. Each of the two changes one half of the pixels.
+
+    (The name Flow is the template's.)
+    """
 
     def __init__(self, shape, n_flows=4, n_hidden=32):
         super().__init__()
@@ -153,7 +160,7 @@ class Flow(nn.Module):
             self.layers.append(Coupling(shape[0], 1 - mask, n_hidden))
 
     def forward(self, z, logdet, reverse=False):
-        """z [B, D], logdet [B] -> (z, logdet). reverse=True maps latent variables to pixels."""
+        """z [B, D], logdet [B] -> (z, logdet). reverse=True is the inverse map."""
         layers = reversed(self.layers) if reverse else self.layers
         for layer in layers:
             z, logdet = layer(z, logdet, reverse)
@@ -162,14 +169,14 @@ class Flow(nn.Module):
 
 # ------------------------------------------------------------------------------ the grey levels
 class GreyLevels(nn.Module):
-    """The first map of both models: h = logit(CDF(y)) of dequantized grey levels y in [0, 256].
+    """The first map of both models: dequantized grey levels y in [0, 256] -> h = logit(CDF(y)).
 
     The CDF is piecewise linear: a level has a probability, its share, which the dequantization
     noise u spreads evenly over [level, level + 1]. Any increasing CDF gives a valid flow. With the
-    true shares of the levels, h would have exactly the distribution of the prior. But black, whose
-    true share is 0.8, would squeeze the greys, which cost most of the bits, into one tail. So its
-    share is set to one half. In a short run this CDF saved 0.020 bits per dimension, compared with
-    y / 256.
+    true shares of the levels, the h of a random pixel would have exactly the distribution of the
+    prior. But black, whose true share is 0.8, would squeeze the greys, which cost most of the bits,
+    into one tail. So its share is set to one half. In a short run this CDF saved 0.020 bits per
+    dimension, compared with equal shares, CDF(y) = y / 256.
     """
 
     n_features = 4
@@ -181,7 +188,7 @@ class GreyLevels(nn.Module):
         self.register_buffer("above", torch.empty(256))  # P(level > v)
         self.register_buffer("edges", torch.empty(255))  # the h between the levels v and v + 1
         self.register_buffer("table", torch.empty(256, self.n_features))  # see features()
-        self.fit(torch.arange(256))  # until fit() is called with images, or weights are loaded
+        self.fit(torch.arange(256))  # equal shares but for black, until images or weights come
 
     def fit(self, images):
         """Set the shares of the levels to those in images, but that of black to one half.
@@ -220,7 +227,7 @@ class GreyLevels(nn.Module):
         return torch.bucketize(h.detach().contiguous(), self.edges, right=True)
 
     def features(self, h):
-        """The networks' inputs, computed from pixels: h [B, ...] -> [B, 4, ...].
+        """The inputs of the second model's networks: pixels h [B, ...] -> [B, 4, ...].
 
         These are functions of the grey level: the h of its middle, its brightness, whether it is
         black, and whether it is nearly white. They leave out the noise u, which says nothing about
@@ -238,9 +245,9 @@ class GreyLevels(nn.Module):
 #     4 6 2 6
 #     7 5 7 5
 #
-#     groups 1, 2     7 x 7 pixels each      one pixel at a time    AutoregressiveLayer
-#     groups 3, 4     7 x 7 pixels each      all at once            MixtureCoupling
-#     groups 5, 6, 7  14 x 14 pixels each    all at once            MixtureCoupling
+#     groups 1, 2     7 x 7 pixels each      sampled one by one     AutoregressiveLayer
+#     groups 3, 4     7 x 7 pixels each      sampled all at once    MixtureCoupling
+#     groups 5, 6, 7  14 x 14 pixels each    sampled all at once    MixtureCoupling
 #
 # The groups are sampled in this order, each over the whole image and given all earlier groups.
 # From an image to latent variables, the layers run the other way, from group 7 to group 1. So when
@@ -249,20 +256,21 @@ class GreyLevels(nn.Module):
 
 
 class Mixture:
-    """The map of a single pixel: z = logit(CDF(h)) of a mixture (Ho et al. 2019, section 3.1).
+    """The map of a single pixel: z = logit(CDF(h)), with the CDF of a mixture of distributions.
 
-    Here h is a pixel after GreyLevels, and z is its latent variable. The mixture has
+    This is the map of Flow++ (Ho et al. 2019). Here h is a pixel after GreyLevels, and z is its
+    latent variable. The mixture has
 
-    - the standard logistic distribution, which keeps dz/dh from being rounded to 0;
+    - the standard logistic distribution, so that no h has a density of 0, whose log is infinite;
     - K = n_mixtures logistic components, whose means and scales a network chooses;
     - one component for each of the J COMMON_LEVELS, as a logistic density cannot match the sharp
       edges of a level (in a short run these components saved 0.047 bits per dimension).
 
-    The network also chooses the weights, but for the first one, which is small and fixed. All that
-    it chooses for pixels h [B, ...] are `parameters`, [B, n_parameters, ...].
+    The network also chooses the weights of the components, except that of the first, which is small
+    and fixed. For pixels h [B, ...] its output is `parameters`, [B, n_parameters, ...].
 
-    The class has no weights. It is not an nn.Module, so that the grey levels, which belong to the
-    Model, are not registered again in each layer.
+    The class has nothing to train. It is not an nn.Module, so that the grey levels, which belong to
+    the Model, are not registered again in each layer.
     """
 
     def __init__(self, n_mixtures, grey_levels):
@@ -272,7 +280,7 @@ class Mixture:
         self.n_parameters = sum(self.sizes)  # log weights, means and log scales
 
     def initial_parameters(self):
-        """[n_parameters]: black is likely, and the means differ, as equal ones would stay equal."""
+        """[n_parameters]: black is likely; the means differ, since equal ones would stay equal."""
         log_weights = torch.zeros(self.sizes[0])
         log_weights[self.n_mixtures] = 3  # of the first of COMMON_LEVELS, black
         means = torch.linspace(-1, 1, self.n_mixtures)
@@ -296,13 +304,13 @@ class Mixture:
     def level_components(self, h):
         """CDF, survival function and density at h [B, ...] of the J components for grey levels.
 
-        Each result is [B, J, ...]. Such a component is the distribution of h if the noise u is
-        uniform within its level: the CDF is 0 below the level, u in it, and 1 above it.
+        Each result is [B, J, ...]. Such a component is the distribution of h for a pixel that has
+        this level: the CDF is 0 below the level, u within it, and 1 above it.
         """
         grey_levels = self.grey_levels
         level = grey_levels.level(h)
         share = grey_levels.share[level]
-        # h = logit(grey_cdf), where grey_cdf is that of GreyLevels, and so below + u * share
+        # GreyLevels made h such that sigmoid(h) = below[level] + u * share. This is solved for u.
         grey_cdf, grey_sf, grey_pdf = logistic(h)
         u = ((grey_cdf - grey_levels.below[level]) / share).clamp(min=0)
         one_minus_u = ((grey_sf - grey_levels.above[level]) / share).clamp(min=0)  # exact near 0
@@ -338,9 +346,9 @@ class Mixture:
         h is found by bisection, to the resolution of the dtype.
         """
         weights, means, scales = self.components(parameters)
-        # A logistic component by itself would give h = mean + scale * z. The mixture's h lies
-        # between the lowest and the highest of these or, because of the common levels, somewhat
-        # further out; 20 is a generous margin.
+        # A logistic component by itself would give h = mean + scale * z. If there were no others,
+        # the mixture's h would lie between the lowest and the highest of these. The components of
+        # the common levels can move it further out, but not by 20.
         solutions = means + scales * z.unsqueeze(1)
         low = solutions.amin(1) - 20
         high = solutions.amax(1) + 20
@@ -359,7 +367,8 @@ class Mixture:
 class MixtureCoupling(nn.Module):
     """Transforms one group of pixels, given others: z = mixture.transform(h, net(seen pixels)).
 
-    `seen` is a list of images of pixel indices, [H, W] each, and `changed` is one.
+    `changed`, [H, W], holds the indices in z of the pixels to transform. `seen` is a list of such
+    index arrays, for the pixels that the network sees.
     """
 
     def __init__(self, seen, changed, n_hidden, mixture):
@@ -374,8 +383,8 @@ class MixtureCoupling(nn.Module):
     def forward(self, z, ldj, reverse=False):
         """z [B, D] and the log-determinant so far, ldj [B], nats -> both after this layer.
 
-        z holds h for pixels that are not transformed, such as the seen ones, and otherwise latent
-        variables.
+        In z, a pixel is h until it is transformed, and then its latent variable. The seen pixels
+        are h, in both directions.
         """
         features = self.mixture.grey_levels.features(z[:, self.seen])  # [B, 4, c, H, W]
         parameters = self.net(features.flatten(1, 2))                  # [B, n_parameters, H, W]
@@ -387,8 +396,9 @@ class MixtureCoupling(nn.Module):
 
 
 class AutoregressiveLayer(nn.Module):
-    """Transforms pixels one at a time, each given those before it (in the order of `pixels`, [n]).
+    """Transforms each pixel given those before it, in the order of the indices `pixels`, [n].
 
+    From an image to latent variables it does so for all of them at once; in sampling, one by one.
     The networks form a NADE (Larochelle and Murray 2011) with one more hidden layer. For pixel i,
     with the features f_j of pixel j,
 
@@ -396,8 +406,8 @@ class AutoregressiveLayer(nn.Module):
         hidden_i     = silu(context_i + b_context_i) W_hidden_i + b_hidden_i
         parameters_i = silu(hidden_i) W_out_i + b_out_i
 
-    W_context_j is the same for all pixels i > j, so that all contexts are one cumulative sum. In
-    sampling each pixel, once it is known, is added to the context of the next.
+    W_context_j is the same for all pixels i > j, so that all contexts are one cumulative sum.
+    During sampling, each pixel is added to the context as soon as it is known.
     """
 
     def __init__(self, pixels, n_context, n_hidden, mixture):
@@ -408,6 +418,7 @@ class AutoregressiveLayer(nn.Module):
         self.mixture = mixture
         n_terms = n_features * n / 2  # of the sum in a context, on average
         self.W_context = nn.Parameter(torch.randn(n, n_features, n_context) / n_terms ** 0.5)
+        # Not 0, since the first pixel's network has no other input
         self.b_context = nn.Parameter(0.1 * torch.randn(n, n_context))
         self.W_hidden = nn.Parameter(torch.randn(n, n_context, n_hidden) / n_context ** 0.5)
         self.b_hidden = nn.Parameter(torch.zeros(n, n_hidden))
@@ -417,7 +428,7 @@ class AutoregressiveLayer(nn.Module):
     def forward(self, z, ldj, reverse=False):
         """z [B, D] and the log-determinant so far, ldj [B], nats -> both after this layer.
 
-        z holds h or, where pixels are transformed, latent variables.
+        In z, a pixel is h until it is transformed, and then its latent variable.
         """
         if reverse:
             values, log_slope = self.inverse(z[:, self.pixels])
@@ -473,7 +484,7 @@ def quarters(pixels):
 
 
 class MultiscaleFlow(nn.Module):
-    """The layers drawn above, for images of 28 x 28 pixels."""
+    """The layers for the groups drawn above, in images of 28 x 28 pixels."""
 
     def __init__(self, grey_levels, n_hidden=48, n_hidden_coarse=32, n_context=96, n_mixtures=6):
         super().__init__()
@@ -481,20 +492,19 @@ class MultiscaleFlow(nn.Module):
         mixture = Mixture(n_mixtures, grey_levels)
         self.layers = nn.ModuleList()
 
-        coarse, b, c, d = quarters(torch.arange(784).view(28, 28))  # [14, 14] each
-        # coarse: groups 1 to 4
-        self.layers.append(MixtureCoupling([coarse, b, d], c, n_hidden, mixture))  # group 7
-        self.layers.append(MixtureCoupling([coarse, d], b, n_hidden, mixture))     # group 6
-        self.layers.append(MixtureCoupling([coarse], d, n_hidden, mixture))        # group 5
+        coarse, g6, g7, g5 = quarters(torch.arange(784).view(28, 28))  # [14, 14] each
+        self.layers.append(MixtureCoupling([coarse, g6, g5], g7, n_hidden, mixture))
+        self.layers.append(MixtureCoupling([coarse, g5], g6, n_hidden, mixture))
+        self.layers.append(MixtureCoupling([coarse], g5, n_hidden, mixture))
 
-        a, b, c, d = quarters(coarse)  # [7, 7] each
-        self.layers.append(MixtureCoupling([a, b, d], c, n_hidden_coarse, mixture))  # group 4
-        self.layers.append(MixtureCoupling([a, d], b, n_hidden_coarse, mixture))     # group 3
-        pixels = torch.cat([a.flatten(), d.flatten()])  # [98], groups 1 and 2
+        g1, g3, g4, g2 = quarters(coarse)  # groups 1 to 4, [7, 7] each
+        self.layers.append(MixtureCoupling([g1, g3, g2], g4, n_hidden_coarse, mixture))
+        self.layers.append(MixtureCoupling([g1, g2], g3, n_hidden_coarse, mixture))
+        pixels = torch.cat([g1.flatten(), g2.flatten()])  # [98]
         self.layers.append(AutoregressiveLayer(pixels, n_context, 64, mixture))
 
     def forward(self, z, logdet, reverse=False):
-        """z [B, 784], logdet [B] -> (z, logdet). reverse=True maps latent variables to pixels."""
+        """z [B, 784], logdet [B] -> (z, logdet). reverse=True is the inverse map."""
         layers = reversed(self.layers) if reverse else self.layers
         for layer in layers:
             z, logdet = layer(z, logdet, reverse)
@@ -555,7 +565,7 @@ def bits_per_dimension(log_p, D=784):
 
 # ----------------------------------------------------------------------- training and evaluation
 def epoch_iter(model, data, optimizer, schedule=None):
-    """One pass over `data`, which updates the model if it is in training mode.
+    """One pass over `data`. A model in training mode is updated.
 
     data: an iterable of batches of images, [B, 784] or [B, 1, 28, 28], integers 0..255, with or
     without labels, so that the template's loaders can be used as well.
@@ -584,7 +594,7 @@ def epoch_iter(model, data, optimizer, schedule=None):
 
 
 def run_epoch(model, data, optimizer, schedule=None):
-    """Train on data[0], then evaluate data[1]: the average bits per dimension of each."""
+    """Train on data[0], then evaluate on data[1]. Returns the bits per dimension of each."""
     model.train()
     train_bpd = epoch_iter(model, data[0], optimizer, schedule)
     model.eval()
@@ -594,11 +604,11 @@ def run_epoch(model, data, optimizer, schedule=None):
 
 @torch.no_grad()
 def evaluate(model, x, k):
-    """Two bounds on the bits per dimension of the discrete images x [N, 784].
+    """Two upper bounds on the bits per dimension of the discrete images x [N, 784].
 
     test_bpd is the mean of -log p(x + u), with one draw of the noise u for each image. The
     importance-weighted one, test_bpd_iw, is tighter. It is the mean of -log(1/k sum_i p(x + u_i)),
-    with k draws (Burda et al. 2016, equation 8).
+    with k draws (Burda et al. 2016, equation 8). Both are given in bits per dimension.
     """
     one, many = 0, 0
     for batch in tqdm(x.split(500), "test", leave=False, disable=None):
@@ -614,7 +624,7 @@ def evaluate(model, x, k):
 
 # --------------------------------------------------------------------------------------- figures
 def save_bpd_plot(train_curve, val_curve, filename):
-    """Bits per dimension of each epoch: left with the target of 1.85, right enlarged without."""
+    """Bits per dimension of each epoch: left, with the target of 1.85; right, enlarged."""
     from matplotlib.figure import Figure  # not pyplot, which looks for a display
     figure = Figure(figsize=(6, 2.4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -644,7 +654,7 @@ def save_samples(model, filename):
 
 # --------------------------------------------------------------------------- the files of a run
 def run_dir(args):
-    """The folder of the run. Runs on glyphs have another, so that MNIST's figures are safe."""
+    """The folder of the run. Runs on glyphs get another, so that MNIST's figures are kept."""
     if args.out_dir:
         return args.out_dir
     name = "nf" if args.n_mixtures else "nf_affine"
@@ -673,7 +683,7 @@ def save(content, path):
 def load_checkpoint(path):
     """The content of a checkpoint.pt or weights.pt. Raises OSError for any other file."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)  # runs no code in it
+        content = torch.load(path, map_location="cpu", weights_only=True)  # no code in it is run
         if content["format"] == FORMAT:
             return content
     except Exception:  # torch raises exceptions of many types
@@ -691,7 +701,10 @@ def load_model(checkpoint, device="cpu"):
 
 
 def keep_unfinished_run(out_dir):
-    """Rename the checkpoint of an unfinished run, so that a new run does not overwrite it."""
+    """Rename the checkpoint of an unfinished run, so that a new run does not overwrite it.
+
+    A finished run has a results.json, which is written last.
+    """
     checkpoint = out_dir / "checkpoint.pt"
     if checkpoint.exists() and not (out_dir / "results.json").exists():
         kept = out_dir / f"checkpoint-{time.strftime('%Y%m%d-%H%M%S')}.pt"
@@ -718,7 +731,7 @@ def seconds_to(target_bpd, rows):
 
 
 def peak_memory_mb(device):
-    """The run's peak memory in MiB, on a GPU the GPU's; None for a CPU on Windows."""
+    """Peak memory in MiB: that of a cuda GPU, otherwise the process's (None on Windows)."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2 ** 20
     try:
@@ -837,7 +850,7 @@ def main(args):
         checkpoint = load_checkpoint(args.out_dir / "checkpoint.pt")
         settings = checkpoint["settings"]
         vars(args).update(settings)
-        print(f"the run continues with its own settings, and no others: {settings}")
+        print(f"the run continues with its own settings, not the command line's: {settings}")
 
     # Data
     data = load(args.dataset, args.data_dir)
@@ -861,8 +874,9 @@ def main(args):
     model = Model([784], n_mixtures=args.n_mixtures)
     model.grey_levels.fit(data.train.images)
     model.to(args.device)
-    if args.device != "mps":  # on which some versions of torch misread such weights
-        model.to(memory_format=torch.channels_last)  # for faster convolutions
+    # channels_last makes convolutions faster, but some versions of torch misread it on mps.
+    if args.device != "mps":
+        model.to(memory_format=torch.channels_last)
     parameter_groups = []
     for layer in model.flow.layers:
         factor = AUTOREGRESSIVE_LR_FACTOR if isinstance(layer, AutoregressiveLayer) else 1
@@ -870,7 +884,7 @@ def main(args):
     optimizer = torch.optim.AdamW(
         parameter_groups, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     total_updates = args.epochs * math.ceil(len(train) / args.batch_size)
-    total_updates = max(20, total_updates)  # OneCycleLR divides by zero at 10
+    total_updates = max(20, total_updates)  # with 10, OneCycleLR divides by zero
     rates = [group["lr"] for group in parameter_groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rates, total_updates, pct_start=0.1, cycle_momentum=False)
@@ -915,7 +929,7 @@ def main(args):
         if val_bpd == min(row["val_bpd"] for row in rows):
             best = copy.deepcopy(model.state_dict())
         write_metrics(rows, out_dir / "metrics.csv")
-        (out_dir / "results.json").unlink(missing_ok=True)  # its absence marks an unfinished run
+        (out_dir / "results.json").unlink(missing_ok=True)  # of an earlier run in this folder
         settings = {name: getattr(args, name) for name in SETTINGS}
         content = {name: part.state_dict() for name, part in parts.items()}
         content.update(format=FORMAT, n_mixtures=args.n_mixtures, best=best, rows=rows,
@@ -957,7 +971,7 @@ def main(args):
 if __name__ == "__main__":
     # Write each line at once, even to a file, and replace characters that the console lacks.
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
-    # Ignore the user's own settings of matplotlib, which can change figures or stop a run.
+    # Ignore the user's matplotlib settings, which could change the figures or stop the run.
     os.environ["MPLBACKEND"] = "agg"
     import matplotlib
     matplotlib.rcdefaults()
