@@ -3,10 +3,10 @@
     python a3_vae.py --zdim 20      # figures and results in report/figures/vae_z20
     python a3_vae.py --zdim 2       # the same, plus the data manifold, in report/figures/vae_z2
 
-Expect a test ELBO of about -86.3 nats per image (-133.4 with --zdim 2), and a bound on log p(x) of
--83.2 (-131.0). Training takes 10 to 20 minutes on a CPU, and the test up to 9 more. The objective
-is that of Kingma & Welling (2014), Auto-Encoding Variational Bayes. Encoder and decoder are
-convolutional residual networks.
+Expect a test ELBO of about -86.3 nats per image (-133.4 with --zdim 2), and a tighter bound on
+log p(x) of -83.2 (-131.0). Training takes 10 to 20 minutes on a CPU, and the test up to 9 more. The
+objective is that of Kingma & Welling (2014), Auto-Encoding Variational Bayes. Encoder and decoder
+are convolutional residual networks.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from datasets import DATA_DIR, DataError, load_binarized
 MAX_GRAD_NORM = 100  # for gradient clipping: only rare outliers exceed it
 IW_SAMPLES = 256  # samples of z per test image in the importance-weighted bound on log p(x)
 FIGURES = Path(__file__).resolve().parents[1] / "report" / "figures"
-FORMAT = "a3_vae 4"  # version of the saved files; others are rejected
+FORMAT = "a3_vae 5"  # version of the saved files; others are rejected
 # These attributes of args are stored in a checkpoint and restored by --resume
 SETTINGS = "zdim", "epochs", "batch_size", "lr", "seed", "dataset", "dataset_md5", "dry_run"
 
@@ -47,7 +47,7 @@ class Residual(nn.Sequential):
 
 
 def dense_block(n):
-    """[B, n] -> [B, n]. Each layer comes after its nonlinearity."""
+    """[B, n] -> [B, n]. Nonlinearities come before the layers, so that none follows h + f(h)."""
     return Residual(
         nn.SiLU(),
         nn.Linear(n, n),
@@ -86,7 +86,7 @@ class Encoder(nn.Module):
     def forward(self, x):
         """x [B, 784] in {0, 1} -> mean and std, each [B, z_dim], std > 0."""
         mean, log_std = self.net(x).chunk(2, dim=1)
-        std = log_std.clamp(-8, 4).exp()  # bounded, so that neither std nor its log overflows
+        std = log_std.clamp(-8, 4).exp()  # bounded, so that std is neither 0 nor infinite
         return mean, std
 
 
@@ -95,7 +95,7 @@ class Decoder(nn.Module):
 
     def __init__(self, hidden_dim=256, z_dim=20):
         super().__init__()
-        self.logits = nn.Sequential(  # a network: z [B, z_dim] -> log(f(z) / (1 - f(z))), [B, 784]
+        self.net = nn.Sequential(
             nn.Linear(z_dim, hidden_dim),          # [B, hidden_dim]
             dense_block(hidden_dim),
             nn.SiLU(),
@@ -110,6 +110,10 @@ class Decoder(nn.Module):
             nn.Conv2d(32, 4, 3, padding=1),        # [B, 4, 14, 14]
             nn.PixelShuffle(2),                    # [B, 1, 28, 28]
             nn.Flatten())                          # [B, 784]
+
+    def logits(self, z):
+        """z [B, z_dim] -> log(f(z) / (1 - f(z))), [B, 784]."""
+        return self.net(z)
 
     def forward(self, z):
         """z [B, z_dim] -> the Bernoulli means f(z), [B, 784] in (0, 1)."""
@@ -129,13 +133,7 @@ class VAE(nn.Module):
         mean, std = self.encoder(x)
         z = mean + std * torch.randn_like(std)  # the reparametrization trick, question 1.11
         log_likelihood = log_p_x_given_z(x, self.decoder.logits(z))  # [B]
-        if self.z_dim > 2:
-            # An estimate of the KL from one z, through which the encoder gets its gradient. What
-            # detach() leaves out of the gradient has the expectation 0, so that the gradient stays
-            # unbiased and is less noisy (Roeder et al. 2017, Sticking the landing).
-            kl = log_q_over_p(z, mean.detach(), std.detach())        # [B]
-        else:
-            kl = kl_divergence(mean, std)  # trains better with few dimensions
+        kl = kl_divergence(mean, std)                                # [B]
         return (kl - log_likelihood).mean()
 
     @torch.no_grad()
@@ -181,12 +179,13 @@ def log_q_over_p(z, mean, std):
 
 # ----------------------------------------------------------------------- training and evaluation
 def shift_some(images, share):
-    """Augmentation: shift a `share` of the images [N, 784] by at most one pixel.
+    """Augmentation: shift a random `share` of the images [N, 784] by at most one pixel.
 
-    These images are dealt into nine groups, one for each shift by -1, 0 or 1 down and right.
+    They are split into nine groups, one for each (down, right) with -1, 0 or 1. So one group of
+    the nine stays as it is.
     """
     images = images.view(-1, 28, 28).clone()
-    chosen = torch.randperm(len(images))[:round(share * len(images))].to(images.device)
+    chosen = torch.randperm(len(images))[:round(share * len(images))]
     for i, indices in enumerate(chosen.chunk(9)):
         shift = i // 3 - 1, i % 3 - 1
         # What leaves the image comes back on the other side, but borders are nearly blank.
@@ -194,20 +193,11 @@ def shift_some(images, share):
     return images.flatten(1)
 
 
-@torch.no_grad()
-def update_average(averaged, model, n_updates):
-    """averaged = decay * averaged + (1 - decay) * model, a moving average of the weights."""
-    decay = (1 + n_updates) / (10 + n_updates)  # over about the last tenth of the updates so far
-    for average, current in zip(averaged.parameters(), model.parameters(), strict=True):
-        average.lerp_(current, 1 - decay)
-
-
-def epoch_iter(model, data, optimizer, schedule=None, averaged=None, n_updates=0):
-    """One pass over `data`, which updates the model if it is in training mode.
+def epoch_iter(model, data, optimizer, schedule=None):
+    """One pass over `data`. A model in training mode is updated.
 
     data: an iterable of batches of images, [B, 784] or [B, 1, 28, 28], in {0, 1}, with or without
     labels, so that the template's loaders can be used as well.
-    n_updates: updates before this pass, which set the decay of `averaged`.
     Returns the average ELBO.
     """
     device = next(model.parameters()).device
@@ -216,7 +206,7 @@ def epoch_iter(model, data, optimizer, schedule=None, averaged=None, n_updates=0
     with torch.set_grad_enabled(model.training):
         for step, batch in enumerate(bar, start=1):
             x = batch[0] if isinstance(batch, (list, tuple)) else batch
-            check_binary(x)  # before it is on a GPU, where the model does not check it
+            check_binary(x)  # here, since the model does not check images on a GPU
             x = x.to(device, torch.float32).flatten(1)  # [B, 784]
             loss = model(x)
             if model.training:
@@ -224,11 +214,8 @@ def epoch_iter(model, data, optimizer, schedule=None, averaged=None, n_updates=0
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
                 optimizer.step()
-                n_updates += 1
                 if schedule is not None:
                     schedule.step()
-                if averaged is not None:
-                    update_average(averaged, model, n_updates)
             total += loss.detach() * len(x)
             n_images += len(x)
             if step % 100 == 0:  # not more often: .item() makes the CPU wait for the GPU
@@ -236,16 +223,12 @@ def epoch_iter(model, data, optimizer, schedule=None, averaged=None, n_updates=0
     return -float(total) / n_images
 
 
-def run_epoch(model, data, optimizer, schedule=None, averaged=None, n_updates=0):
-    """Train on data[0], then evaluate data[1] with the averaged weights, if there are any.
-
-    Returns the average ELBO of each.
-    """
+def run_epoch(model, data, optimizer, schedule=None):
+    """Train on data[0], then evaluate on data[1]. Returns the average ELBO of each."""
     model.train()
-    train_elbo = epoch_iter(model, data[0], optimizer, schedule, averaged, n_updates)
+    train_elbo = epoch_iter(model, data[0], optimizer, schedule)
     model.eval()
-    evaluated = model if averaged is None else averaged.eval()
-    val_elbo = epoch_iter(evaluated, data[1], optimizer=None)
+    val_elbo = epoch_iter(model, data[1], optimizer=None)
     return train_elbo, val_elbo
 
 
@@ -259,7 +242,8 @@ def evaluate(model, x, k):
     """
     check_binary(x)
     reconstruction, kl, log_px = 0, 0, 0
-    for batch in tqdm(x.split(2), "test", leave=False, disable=None):  # 2 images, so 2 k samples z
+    # Only two images at a time, since each needs k samples of z
+    for batch in tqdm(x.split(2), "test", leave=False, disable=None):
         batch = batch.float()
         mean, std = model.encoder(batch)                                     # [B, z_dim]
         z = mean + std * torch.randn(k, *mean.shape, device=mean.device)     # [k, B, z_dim]
@@ -283,10 +267,9 @@ def evaluate(model, x, k):
 
 # --------------------------------------------------------------------------------------- figures
 def save_elbo_plot(train_curve, val_curve, filename, untrained_elbo=None):
-    """Average ELBO of each epoch, nats per image (question 1.13); right, its upper end enlarged.
+    """Average ELBO of each epoch, nats per image (question 1.13); right, the top enlarged.
 
-    Training has the current weights and, for z_dim > 2, some shifted images; validation has the
-    averaged weights.
+    The training ELBO is measured during the updates and, for z_dim > 2, partly on shifted images.
     """
     from matplotlib.figure import Figure  # not pyplot, which looks for a display
     figure = Figure(figsize=(6, 2.4), layout="constrained")
@@ -297,7 +280,7 @@ def save_elbo_plot(train_curve, val_curve, filename, untrained_elbo=None):
         axes.plot(epochs, val_curve, ".--", label=f"validation (last {val_curve[-1]:.1f})")
         axes.set(xlabel="epoch", ylabel="ELBO (nats per image)")
         axes.grid(alpha=0.3)
-    bottom, top = np.quantile(train_curve + val_curve, [0.1, 1])
+    bottom, top = np.quantile(train_curve + val_curve, [0.1, 1])  # without the lowest tenth
     right.set_ylim(bottom - 1, top + 1)
     if untrained_elbo is not None:
         left.plot(0, untrained_elbo, "k.", label=f"before training ({untrained_elbo:.1f})")
@@ -332,7 +315,7 @@ def save_manifold(model, filename, n=20):
 
 # --------------------------------------------------------------------------- the files of a run
 def run_dir(args):
-    """The folder of the run. Runs on glyphs have another, so that MNIST's figures are safe."""
+    """The folder of the run. Runs on glyphs get another, so that MNIST's figures are kept."""
     if args.out_dir:
         return args.out_dir
     name = f"vae_z{args.zdim}"
@@ -361,7 +344,7 @@ def save(content, path):
 def load_checkpoint(path):
     """The content of a checkpoint.pt or weights.pt. Raises OSError for any other file."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)  # runs no code in it
+        content = torch.load(path, map_location="cpu", weights_only=True)  # no code in it is run
         if content["format"] == FORMAT:
             return content
     except Exception:  # torch raises exceptions of many types
@@ -379,7 +362,10 @@ def load_model(checkpoint, device="cpu"):
 
 
 def keep_unfinished_run(out_dir):
-    """Rename the checkpoint of an unfinished run, so that a new run does not overwrite it."""
+    """Rename the checkpoint of an unfinished run, so that a new run does not overwrite it.
+
+    A finished run has a results.json, which is written last.
+    """
     checkpoint = out_dir / "checkpoint.pt"
     if checkpoint.exists() and not (out_dir / "results.json").exists():
         kept = out_dir / f"checkpoint-{time.strftime('%Y%m%d-%H%M%S')}.pt"
@@ -396,7 +382,7 @@ def write_metrics(rows, path):
 
 
 def peak_memory_mb(device):
-    """The run's peak memory in MiB, on a GPU the GPU's; None for a CPU on Windows."""
+    """Peak memory in MiB: that of a cuda GPU, otherwise the process's (None on Windows)."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2 ** 20
     try:
@@ -485,7 +471,7 @@ def parse_args(argv=None):
                        help="write N samples of the trained model to samples.npz and samples.png")
 
     args = parser.parse_args(argv)
-    if args.lr is None:  # with two dimensions q(z|x) is narrow, and large steps are unstable
+    if args.lr is None:  # with two dimensions, q(z|x) is narrow and training less stable
         args.lr = 3e-3 if args.zdim > 2 else 1.5e-3
     lowest = {"zdim": 1, "epochs": 1, "batch_size": 1, "lr": 1e-9, "seed": 0, "sample": 1}
     for name, low in lowest.items():
@@ -520,7 +506,7 @@ def main(args):
         checkpoint = load_checkpoint(args.out_dir / "checkpoint.pt")
         settings = checkpoint["settings"]
         vars(args).update(settings)
-        print(f"the run continues with its own settings, and no others: {settings}")
+        print(f"the run continues with its own settings, not the command line's: {settings}")
 
     # Data
     data = load_binarized(args.dataset, args.data_dir)
@@ -542,24 +528,25 @@ def main(args):
     # can be resumed without saving the state of the random number generator.
     torch.manual_seed(10_000 * args.seed)
     model = VAE(z_dim=args.zdim).to(args.device)
-    if args.device != "mps":  # on which some versions of torch misread such weights
-        model.to(memory_format=torch.channels_last)  # for faster convolutions
-    averaged = copy.deepcopy(model).requires_grad_(False).eval()
+    # channels_last makes convolutions faster, but some versions of torch misread it on mps.
+    if args.device != "mps":
+        model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05, fused=True)
     total_updates = args.epochs * math.ceil(len(train) / args.batch_size)
-    total_updates = max(20, total_updates)  # OneCycleLR divides by zero at 10
+    total_updates = max(20, total_updates)  # with 10, OneCycleLR divides by zero
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.lr, total_updates, pct_start=0.1, cycle_momentum=False)
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"{data.name} ({data.binarization}), {n_parameters:,} parameters, {args.device}; "
           f"writing to {out_dir}")
 
-    untrained_elbo = epoch_iter(averaged, val.split(1000), optimizer=None)
+    # Also if the run is resumed, since the trained weights are loaded only below
+    untrained_elbo = epoch_iter(model.eval(), val.split(1000), optimizer=None)
 
     # Resume
-    parts = {"model": model, "averaged": averaged, "optimizer": optimizer, "schedule": schedule}
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     rows = []  # one per epoch, for metrics.csv
-    best = None  # the averaged weights of the epoch with the best validation ELBO
+    best = None  # the weights of the epoch with the best validation ELBO
     if checkpoint:
         rows = checkpoint["rows"]
         best = checkpoint["best"]
@@ -567,7 +554,7 @@ def main(args):
             part.load_state_dict(checkpoint[name])
     else:
         keep_unfinished_run(out_dir)
-        save_samples(averaged, out_dir / "samples_start.png")
+        save_samples(model, out_dir / "samples_start.png")
 
     # Epochs
     for epoch in range(len(rows) + 1, args.epochs + 1):
@@ -582,9 +569,7 @@ def main(args):
             share = 0.5 - 0.5 * (epoch - 1) / args.epochs
         images = shift_some(train, share)
         batches = images[torch.randperm(len(train))].split(args.batch_size)
-        data_of_epoch = batches, val.split(1000)
-        train_elbo, val_elbo = run_epoch(
-            model, data_of_epoch, optimizer, schedule, averaged, (epoch - 1) * len(batches))
+        train_elbo, val_elbo = run_epoch(model, (batches, val.split(1000)), optimizer, schedule)
         if not math.isfinite(train_elbo + val_elbo):
             raise FloatingPointError(f"the loss in epoch {epoch} is not finite: "
                                      "start again with a smaller --lr")
@@ -599,11 +584,11 @@ def main(args):
         })
 
         if epoch == (args.epochs + 1) // 2:
-            save_samples(averaged, out_dir / "samples_half.png")
+            save_samples(model, out_dir / "samples_half.png")
         if val_elbo == max(row["val_elbo"] for row in rows):
-            best = copy.deepcopy(averaged.state_dict())
+            best = copy.deepcopy(model.state_dict())
         write_metrics(rows, out_dir / "metrics.csv")
-        (out_dir / "results.json").unlink(missing_ok=True)  # its absence marks an unfinished run
+        (out_dir / "results.json").unlink(missing_ok=True)  # of an earlier run in this folder
         settings = {name: getattr(args, name) for name in SETTINGS}
         content = {name: part.state_dict() for name, part in parts.items()}
         content.update(format=FORMAT, zdim=args.zdim, best=best, rows=rows,
@@ -612,12 +597,12 @@ def main(args):
         print("  ".join(f"{name} {value:<8.5g}" for name, value in rows[-1].items()))
 
     # Test
-    averaged.load_state_dict(best)
+    model.load_state_dict(best)
     torch.manual_seed(10_000 * args.seed + args.epochs + 1)
-    scores = evaluate(averaged, test, IW_SAMPLES)
-    save_samples(averaged, out_dir / "samples_end.png")
+    scores = evaluate(model, test, IW_SAMPLES)
+    save_samples(model, out_dir / "samples_end.png")
     if args.zdim == 2:
-        save_manifold(averaged, out_dir / "manifold.png")
+        save_manifold(model, out_dir / "manifold.png")
     train_curve = [row["train_elbo"] for row in rows]
     val_curve = [row["val_elbo"] for row in rows]
     save_elbo_plot(train_curve, val_curve, out_dir / "elbo.pdf", untrained_elbo)
@@ -648,7 +633,7 @@ def main(args):
 if __name__ == "__main__":
     # Write each line at once, even to a file, and replace characters that the console lacks.
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
-    # Ignore the user's own settings of matplotlib, which can change figures or stop a run.
+    # Ignore the user's matplotlib settings, which could change the figures or stop the run.
     os.environ["MPLBACKEND"] = "agg"
     import matplotlib
     matplotlib.rcdefaults()

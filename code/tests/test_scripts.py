@@ -271,7 +271,7 @@ def test_best_weights_are_those_of_the_best_epoch(
         # epochs 1 and 2; then, in the test, the samples and the validation images
         values = iter([5.0, 7.0, 1.0, 2.0])
         monkeypatch.setattr(
-            a3_gan, "frechet_distances", lambda real, fake: np.array([next(values)]))
+            a3_gan, "frechet_distance_per_set", lambda real, fake: np.array([next(values)]))
     else:
         values = iter([5.0, 5.0 - 2 * script.sign])
         run_epoch = script.module.run_epoch
@@ -285,7 +285,7 @@ def test_best_weights_are_those_of_the_best_epoch(
     assert results(tmp_path)[script.curve] == 5
     last = load(tmp_path / "checkpoint.pt")
     assert is_same(last["best"], load(tmp_path / "weights.pt")["best"])
-    current = last["model"] if script.module is a3_nf else last["averaged"]
+    current = last["averaged"] if script.module is a3_gan else last["model"]
     assert not is_same(last["best"], current)
 
 
