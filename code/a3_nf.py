@@ -4,7 +4,7 @@
     python a3_nf.py --n_mixtures 0      # RealNVP, in report/figures/nf_affine
 
 The script has two models. The first is RealNVP (Dinh et al. 2017, Density estimation using Real
-NVP), the flow that the hand-out describes, with affine couplings and checkerboard masks. The
+NVP), the flow that the hand-out refers to, with affine couplings and checkerboard masks. The
 second, which is the default, needs fewer bits and gives better samples. It is a multi-scale
 autoregressive model, as in Reed et al. (2017), Parallel multiscale autoregressive density
 estimation, written as a flow. After a fixed map of its grey level, each pixel is transformed
@@ -174,9 +174,9 @@ class GreyLevels(nn.Module):
     The CDF is piecewise linear: a level has a probability, its share, which the dequantization
     noise u spreads evenly over [level, level + 1]. Any increasing CDF gives a valid flow. With the
     true shares of the levels, the h of a random pixel would have exactly the distribution of the
-    prior. But black, whose true share is 0.8, would squeeze the greys, which cost most of the bits,
-    into one tail. So its share is set to one half. In a short run this CDF saved 0.020 bits per
-    dimension, compared with equal shares, CDF(y) = y / 256.
+    prior. But black, whose true share is 0.8, would leave only h > 1.4 for the greys, which cost
+    most of the bits. So its share is set to one half, which leaves them h > 0. In a short run this
+    CDF saved 0.020 bits per dimension, compared with equal shares, CDF(y) = y / 256.
     """
 
     n_features = 4
@@ -258,8 +258,8 @@ class GreyLevels(nn.Module):
 class Mixture:
     """The map of a single pixel: z = logit(CDF(h)), with the CDF of a mixture of distributions.
 
-    This is the map of Flow++ (Ho et al. 2019). Here h is a pixel after GreyLevels, and z is its
-    latent variable. The mixture has
+    Flow++ (Ho et al. 2019) has such a map, with logistic distributions alone. Here h is a pixel
+    after GreyLevels, and z is its latent variable. The mixture has
 
     - the standard logistic distribution, so that no h has a density of 0, whose log is infinite;
     - K = n_mixtures logistic components, whose means and scales a network chooses;
@@ -313,7 +313,8 @@ class Mixture:
         # GreyLevels made h such that sigmoid(h) = below[level] + u * share. This is solved for u.
         grey_cdf, grey_sf, grey_pdf = logistic(h)
         u = ((grey_cdf - grey_levels.below[level]) / share).clamp(min=0)
-        one_minus_u = ((grey_sf - grey_levels.above[level]) / share).clamp(min=0)  # exact near 0
+        # Not from u, since 1 - u would lose digits
+        one_minus_u = ((grey_sf - grey_levels.above[level]) / share).clamp(min=0)
         slope = grey_pdf / share  # du/dh
 
         difference = torch.stack([level - common for common in COMMON_LEVELS], dim=1)
@@ -346,9 +347,9 @@ class Mixture:
         h is found by bisection, to the resolution of the dtype.
         """
         weights, means, scales = self.components(parameters)
-        # A logistic component by itself would give h = mean + scale * z. If there were no others,
-        # the mixture's h would lie between the lowest and the highest of these. The components of
-        # the common levels can move it further out, but not by 20.
+        # A single logistic distribution would have h = mean + scale * z, and a mixture of several
+        # an h between the lowest and the highest of these. The components of the common levels can
+        # move h further out, but not by 20 for any z that sample_prior can draw.
         solutions = means + scales * z.unsqueeze(1)
         low = solutions.amin(1) - 20
         high = solutions.amax(1) + 20
@@ -367,8 +368,8 @@ class Mixture:
 class MixtureCoupling(nn.Module):
     """Transforms one group of pixels, given others: z = mixture.transform(h, net(seen pixels)).
 
-    `changed`, [H, W], holds the indices in z of the pixels to transform. `seen` is a list of such
-    index arrays, for the pixels that the network sees.
+    `changed`, [H, W], holds the indices in z of the group's pixels, with H = W = 14 or 7. `seen` is
+    a list of such arrays, one for each group that the network sees.
     """
 
     def __init__(self, seen, changed, n_hidden, mixture):
@@ -383,8 +384,8 @@ class MixtureCoupling(nn.Module):
     def forward(self, z, ldj, reverse=False):
         """z [B, D] and the log-determinant so far, ldj [B], nats -> both after this layer.
 
-        In z, a pixel is h until it is transformed, and then its latent variable. The seen pixels
-        are h, in both directions.
+        In z, some pixels are h and the others are latent variables. The seen ones are h, in both
+        directions.
         """
         features = self.mixture.grey_levels.features(z[:, self.seen])  # [B, 4, c, H, W]
         parameters = self.net(features.flatten(1, 2))                  # [B, n_parameters, H, W]
@@ -418,7 +419,7 @@ class AutoregressiveLayer(nn.Module):
         self.mixture = mixture
         n_terms = n_features * n / 2  # of the sum in a context, on average
         self.W_context = nn.Parameter(torch.randn(n, n_features, n_context) / n_terms ** 0.5)
-        # Not 0, since the first pixel's network has no other input
+        # Not 0: the context of the first pixel is 0, so its hidden units would all be 0 as well
         self.b_context = nn.Parameter(0.1 * torch.randn(n, n_context))
         self.W_hidden = nn.Parameter(torch.randn(n, n_context, n_hidden) / n_context ** 0.5)
         self.b_hidden = nn.Parameter(torch.zeros(n, n_hidden))
@@ -428,7 +429,7 @@ class AutoregressiveLayer(nn.Module):
     def forward(self, z, ldj, reverse=False):
         """z [B, D] and the log-determinant so far, ldj [B], nats -> both after this layer.
 
-        In z, a pixel is h until it is transformed, and then its latent variable.
+        In z, some pixels are h and the others are latent variables.
         """
         if reverse:
             values, log_slope = self.inverse(z[:, self.pixels])
@@ -624,7 +625,7 @@ def evaluate(model, x, k):
 
 # --------------------------------------------------------------------------------------- figures
 def save_bpd_plot(train_curve, val_curve, filename):
-    """Bits per dimension of each epoch: left, with the target of 1.85; right, enlarged."""
+    """Bits per dimension of each epoch: left, with the target of 1.85; right, without it."""
     from matplotlib.figure import Figure  # not pyplot, which looks for a display
     figure = Figure(figsize=(6, 2.4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -654,7 +655,7 @@ def save_samples(model, filename):
 
 # --------------------------------------------------------------------------- the files of a run
 def run_dir(args):
-    """The folder of the run. Runs on glyphs get another, so that MNIST's figures are kept."""
+    """The folder of the run. Runs on glyphs, which replace a missing MNIST, get another."""
     if args.out_dir:
         return args.out_dir
     name = "nf" if args.n_mixtures else "nf_affine"
@@ -884,7 +885,7 @@ def main(args):
     optimizer = torch.optim.AdamW(
         parameter_groups, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     total_updates = args.epochs * math.ceil(len(train) / args.batch_size)
-    total_updates = max(20, total_updates)  # with 10, OneCycleLR divides by zero
+    total_updates = max(20, total_updates)  # at exactly 10, OneCycleLR divides by zero
     rates = [group["lr"] for group in parameter_groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rates, total_updates, pct_start=0.1, cycle_momentum=False)

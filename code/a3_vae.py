@@ -47,7 +47,7 @@ class Residual(nn.Sequential):
 
 
 def dense_block(n):
-    """[B, n] -> [B, n]. Nonlinearities come before the layers, so that none follows h + f(h)."""
+    """[B, n] -> [B, n]. A nonlinearity precedes each layer, so the block ends with the sum."""
     return Residual(
         nn.SiLU(),
         nn.Linear(n, n),
@@ -206,7 +206,7 @@ def epoch_iter(model, data, optimizer, schedule=None):
     with torch.set_grad_enabled(model.training):
         for step, batch in enumerate(bar, start=1):
             x = batch[0] if isinstance(batch, (list, tuple)) else batch
-            check_binary(x)  # here, since the model does not check images on a GPU
+            check_binary(x)  # while it is on the CPU: the model does not check images on a GPU
             x = x.to(device, torch.float32).flatten(1)  # [B, 784]
             loss = model(x)
             if model.training:
@@ -315,7 +315,7 @@ def save_manifold(model, filename, n=20):
 
 # --------------------------------------------------------------------------- the files of a run
 def run_dir(args):
-    """The folder of the run. Runs on glyphs get another, so that MNIST's figures are kept."""
+    """The folder of the run. Runs on glyphs, which replace a missing MNIST, get another."""
     if args.out_dir:
         return args.out_dir
     name = f"vae_z{args.zdim}"
@@ -533,7 +533,7 @@ def main(args):
         model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05, fused=True)
     total_updates = args.epochs * math.ceil(len(train) / args.batch_size)
-    total_updates = max(20, total_updates)  # with 10, OneCycleLR divides by zero
+    total_updates = max(20, total_updates)  # at exactly 10, OneCycleLR divides by zero
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.lr, total_updates, pct_start=0.1, cycle_momentum=False)
     n_parameters = sum(p.numel() for p in model.parameters())
