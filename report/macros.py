@@ -23,7 +23,7 @@ RUNS = {  # prefix of the macros: folder, the command that fills it, its result,
     "vae": ("vae_z20", "python a3_vae.py --zdim 20", "test_elbo", [1, 2]),
     "vaeTwo": ("vae_z2", "python a3_vae.py --zdim 2", "test_elbo", [1, 2]),
     "gan": ("gan", "python a3_gan.py --n_epochs 200", "fid", [1, 2]),
-    "nf": ("nf", "python a3_nf.py", "test_bpd", []),
+    "nf": ("nf", "python a3_nf.py", "test_bpd", [1, 2]),
 }  # the runs of the other seeds are in vae_z20_seed1 and so on
 SCORED = ["vae", "gan", "nf"]  # those whose samples are scored
 DIGITS = ["Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine"]
@@ -171,6 +171,8 @@ def main():
             path = values["interpolation"]
             values["from_digit"], values["to_digit"] = path["digits"]
         if prefix == "nf":
+            for key in ("fid", "coverage", "confident_share"):
+                add_mean(values, f"samples_{key}", runs)
             values["gap_bits"] = f"{values['val_bpd'] - values['last_train_bpd']:.3f}"
             values["test_bpd_of_seeds"] = f"{values['test_bpd_mean']:.4f}"
             if len(runs) > 1:
