@@ -170,17 +170,18 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D, schedu
     n_updates: how many updates came before this epoch. The decay of the average depends on it.
     save_interval: after so many updates, each time, samples of `averaged` are saved in out_dir.
     Returns the mean losses in nats: the discriminator's, without the penalty, and the generator's.
-    Raises ValueError if the first batch is not in [-1, 1].
+    Raises ValueError if images are not in [-1, 1].
     """
     device = next(generator.parameters()).device
     total_D, total_G, n_images = 0, 0, 0
     bar = tqdm(dataloader, leave=False, disable=None)  # None: no bar if it is not a terminal
     for step, batch in enumerate(bar, start=1):
         images = batch[0] if isinstance(batch, (list, tuple)) else batch
-        images = images.to(device)
-        if step == 1 and images.abs().max() > 1:
+        # On a GPU they are not checked, since the CPU would have to wait for the answer
+        if images.is_cpu and not (images.abs() <= 1).all():
             raise ValueError("pixels must be in [-1, 1], as the generator's are; "
                              f"these are from {images.min()} to {images.max()}")
+        images = images.to(device)
         z = torch.randn(len(images), generator.latent_dim, device=device)
         fake = generator(z)  # for both steps
 
@@ -470,15 +471,16 @@ def load_model(checkpoint, device="cpu"):
     return generator.to(device).eval()
 
 
-def keep_unfinished_run(out_dir):
-    """Rename the checkpoint of an unfinished run, so that a new run does not overwrite it.
+def is_unfinished(out_dir):
+    """Whether this folder has a checkpoint, but not the results.json that a run writes last."""
+    return (out_dir / "checkpoint.pt").exists() and not (out_dir / "results.json").exists()
 
-    A finished run has a results.json, which is written last.
-    """
-    checkpoint = out_dir / "checkpoint.pt"
-    if checkpoint.exists() and not (out_dir / "results.json").exists():
+
+def keep_unfinished_run(out_dir):
+    """Rename the checkpoint of an unfinished run, so that a new run does not overwrite it."""
+    if is_unfinished(out_dir):
         kept = out_dir / f"checkpoint-{time.strftime('%Y%m%d-%H%M%S')}.pt"
-        os.replace(checkpoint, kept)
+        os.replace(out_dir / "checkpoint.pt", kept)
         print(f"{out_dir} has an unfinished run, whose checkpoint is kept as {kept.name}",
               file=sys.stderr)
 
@@ -538,7 +540,7 @@ def default_device():
 
 
 def user_path(text):
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))
 
 
 def parse_args(argv=None):
@@ -823,7 +825,8 @@ def main(args):
 
 if __name__ == "__main__":
     # Write each line at once, even to a file, and replace characters that the console lacks.
-    sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    if hasattr(sys.stdout, "reconfigure"):  # which it has not in a notebook
+        sys.stdout.reconfigure(line_buffering=True, errors="replace")
     # Ignore the user's matplotlib settings, which could change the figures or stop the run.
     os.environ["MPLBACKEND"] = "agg"
     import matplotlib
@@ -839,14 +842,16 @@ if __name__ == "__main__":
             main(arguments)
     except KeyboardInterrupt:
         message = "interrupted"
-        out_dir = run_dir(arguments)
-        is_run = not (arguments.sample or arguments.score)
-        unfinished = not (out_dir / "results.json").exists()
-        if is_run and unfinished and (out_dir / "checkpoint.pt").exists():
-            message += f': to continue the run, use --resume --out_dir "{out_dir}"'
+        out_dir = arguments.out_dir  # main sets it when the run begins
+        is_run = out_dir and not (arguments.sample or arguments.score)
+        if is_run and is_unfinished(out_dir):
+            message += (f': to continue the run, use --resume --out_dir "{out_dir}" '
+                        f'--data_dir "{arguments.data_dir}"')
         print(message, file=sys.stderr)
         sys.exit(130)
-    except torch.cuda.OutOfMemoryError:
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
         sys.exit(f"{Path(__file__).name}: error: the GPU is out of memory: "
                  "use a smaller --batch_size, or --device cpu")
     except (DataError, FloatingPointError, OSError) as error:

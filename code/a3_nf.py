@@ -540,10 +540,14 @@ class Model(nn.Module):
         return x + u
 
     def forward(self, x):
-        """x [B, D], integers 0..255 -> log p(x + u) [B], nats: log p(z) + log |det dz/dy|."""
-        h, ldj = self.grey_levels(self.dequantize(x))
+        """Images x [B, D] or [B, 28, 28], integers 0..255 -> log p(x + u) [B], nats.
+
+        It is log p(z) + log |det dz/dy| (equation 17).
+        """
+        y = self.dequantize(x.flatten(1))
+        h, ldj = self.grey_levels(y)
         z, ldj = self.flow(h, ldj)
-        return log_prior(z) + ldj  # equation 17
+        return log_prior(z) + ldj
 
     @torch.no_grad()
     def sample(self, n_samples):
@@ -701,15 +705,16 @@ def load_model(checkpoint, device="cpu"):
     return model.to(device).eval()
 
 
-def keep_unfinished_run(out_dir):
-    """Rename the checkpoint of an unfinished run, so that a new run does not overwrite it.
+def is_unfinished(out_dir):
+    """Whether this folder has a checkpoint, but not the results.json that a run writes last."""
+    return (out_dir / "checkpoint.pt").exists() and not (out_dir / "results.json").exists()
 
-    A finished run has a results.json, which is written last.
-    """
-    checkpoint = out_dir / "checkpoint.pt"
-    if checkpoint.exists() and not (out_dir / "results.json").exists():
+
+def keep_unfinished_run(out_dir):
+    """Rename the checkpoint of an unfinished run, so that a new run does not overwrite it."""
+    if is_unfinished(out_dir):
         kept = out_dir / f"checkpoint-{time.strftime('%Y%m%d-%H%M%S')}.pt"
-        os.replace(checkpoint, kept)
+        os.replace(out_dir / "checkpoint.pt", kept)
         print(f"{out_dir} has an unfinished run, whose checkpoint is kept as {kept.name}",
               file=sys.stderr)
 
@@ -779,7 +784,7 @@ def default_device():
 
 
 def user_path(text):
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))
 
 
 def parse_args(argv=None):
@@ -876,7 +881,7 @@ def main(args):
     model.grey_levels.fit(data.train.images)
     model.to(args.device)
     # channels_last makes convolutions faster, but some versions of torch misread it on mps.
-    if args.device != "mps":
+    if not args.device.startswith("mps"):
         model.to(memory_format=torch.channels_last)
     parameter_groups = []
     for layer in model.flow.layers:
@@ -901,6 +906,10 @@ def main(args):
         best = checkpoint["best"]
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
+        # The run may have begun on a device with another memory format, which AdamW does not notice
+        for weight, state in optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.empty_like(weight).copy_(state[name])
     else:
         keep_unfinished_run(out_dir)
         save_samples(model, out_dir / "samples_start.png")
@@ -971,7 +980,8 @@ def main(args):
 
 if __name__ == "__main__":
     # Write each line at once, even to a file, and replace characters that the console lacks.
-    sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    if hasattr(sys.stdout, "reconfigure"):  # which it has not in a notebook
+        sys.stdout.reconfigure(line_buffering=True, errors="replace")
     # Ignore the user's matplotlib settings, which could change the figures or stop the run.
     os.environ["MPLBACKEND"] = "agg"
     import matplotlib
@@ -985,14 +995,16 @@ if __name__ == "__main__":
             main(arguments)
     except KeyboardInterrupt:
         message = "interrupted"
-        out_dir = run_dir(arguments)
-        is_run = not arguments.sample
-        unfinished = not (out_dir / "results.json").exists()
-        if is_run and unfinished and (out_dir / "checkpoint.pt").exists():
-            message += f': to continue the run, use --resume --out_dir "{out_dir}"'
+        out_dir = arguments.out_dir  # main sets it when the run begins
+        is_run = out_dir and not arguments.sample
+        if is_run and is_unfinished(out_dir):
+            message += (f': to continue the run, use --resume --out_dir "{out_dir}" '
+                        f'--data_dir "{arguments.data_dir}"')
         print(message, file=sys.stderr)
         sys.exit(130)
-    except torch.cuda.OutOfMemoryError:
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
         sys.exit(f"{Path(__file__).name}: error: the GPU is out of memory: "
                  "use a smaller --batch_size, or --device cpu")
     except (DataError, FloatingPointError, OSError) as error:

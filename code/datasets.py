@@ -166,7 +166,7 @@ def download(what, missing, folder, fetch):
     """Download files with fetch(temporary folder), which returns their paths, and copy them.
 
     `what` and `missing` are for messages: what is downloaded, and what is missing without it.
-    Raises UnavailableError if that fails. No partial file, and no empty folder, is left behind.
+    Raises UnavailableError if that fails. No partial file is left behind.
     """
     print(f"downloading {what} to {folder} ...")
     timeout = socket.getdefaulttimeout()
@@ -177,8 +177,11 @@ def download(what, missing, folder, fetch):
             folder.mkdir(parents=True, exist_ok=True)
             for file in files:
                 partial = folder / f"{file.name}.{os.getpid()}.tmp"
-                shutil.copyfile(file, partial)
-                os.replace(partial, folder / file.name)
+                try:
+                    shutil.copyfile(file, partial)
+                    os.replace(partial, folder / file.name)
+                finally:
+                    partial.unlink(missing_ok=True)
     except Exception as error:  # from the network, a proxy, the disk, torch or torchvision
         reason = str(error).strip() or type(error).__name__
         reason = reason.splitlines()[-1]
@@ -261,8 +264,9 @@ def load_glyphs(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             np.savez_compressed(temporary, images=images, labels=labels)
             os.replace(temporary, path)
-        except OSError:
-            pass  # in a read-only folder they are drawn anew each time
+        except OSError:  # in a read-only folder, or on a full disk, they are drawn anew each time
+            if temporary.exists():
+                temporary.unlink()
     return make_dataset("glyphs", torch.from_numpy(images), torch.from_numpy(labels))
 
 

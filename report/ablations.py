@@ -10,6 +10,7 @@ are those of the validation images; the test images are not used.
 import argparse
 import csv
 import json
+import os
 import sys
 import tempfile
 import time
@@ -168,8 +169,9 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n_images", type=int, default=20_000, help="(default: %(default)s)")
     parser.add_argument("--dataset", choices=["mnist", "glyphs"], default="mnist")
-    parser.add_argument("--data_dir", type=Path, default=a3_nf.DATA_DIR)
-    parser.add_argument("--out", type=Path, default=REPORT / "figures" / "nf" / "ablations.csv")
+    parser.add_argument("--data_dir", type=a3_nf.user_path, default=a3_nf.DATA_DIR)
+    parser.add_argument("--out", type=a3_nf.user_path,
+                        default=REPORT / "figures" / "nf" / "ablations.csv")
     args = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -189,4 +191,9 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)
+    # Ignore the user's matplotlib settings, which could stop a run.
+    os.environ["MPLBACKEND"] = "agg"
+    import matplotlib
+    matplotlib.rcdefaults()
     main()

@@ -5,9 +5,13 @@
 Needs MNIST, in data/ or in the folder that $A3_DATA_DIR names.
 """
 
+import os
 import sys
 from pathlib import Path
 
+os.environ["MPLBACKEND"] = "agg"  # whatever a notebook has set
+
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -184,7 +188,6 @@ def draw_order():
 
 
 def main():
-    import matplotlib
     matplotlib.rcdefaults()
     matplotlib.rcParams.update({"font.size": 8, "pdf.fonttype": 42})
     OUT.mkdir(exist_ok=True)

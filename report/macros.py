@@ -55,29 +55,35 @@ def text(key, value):
     return f"{value:.{digits}f}".replace("-", r"\ensuremath{-}")
 
 
-def fail(folder, error, command):
-    sys.exit(f"macros.py: error: no results in {folder} ({error}): "
-             f"make them in code/ with {command}")
+BROKEN = OSError, ValueError, LookupError, TypeError, AttributeError  # what a bad file can raise
+
+
+def fail(path, error, command):
+    reason = str(error).splitlines()[0]
+    sys.exit(f"macros.py: error: {path} is missing or broken ({type(error).__name__}: {reason}): "
+             f"make it in code/ with {command}")
 
 
 def read(folder, command):
     """The results of a run, and the rows of its metrics."""
-    folder = FIGURES / folder
+    path = FIGURES / folder / "results.json"
     try:
-        results = json.loads((folder / "results.json").read_text())
-        rows = [*csv.DictReader((folder / "metrics.csv").read_text().splitlines())]
-        if int(rows[-1]["epoch"]) != results["epochs"] or results["dataset"] != "mnist":
-            raise ValueError("a run that is not finished, or not on MNIST")
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        fail(folder, error, command)
+        results = json.loads(path.read_text())
+        if results["dataset"] != "mnist":
+            raise ValueError("not a run on MNIST")
+        path = FIGURES / folder / "metrics.csv"
+        rows = [*csv.DictReader(path.read_text().splitlines())]
+        if int(rows[-1]["epoch"]) != results["epochs"]:
+            raise ValueError("a run that is not finished")
+    except BROKEN as error:
+        fail(path, error, command)
     return results, rows
 
 
 def read_scores(folder, command):
     """The entries of scores.json in a run's folder, as {"samples_fid": ...}."""
-    folder = FIGURES / folder
-    path = folder / "scores.json"
-    weights = folder / "weights.pt"
+    path = FIGURES / folder / "scores.json"
+    weights = FIGURES / folder / "weights.pt"
     try:
         scores = json.loads(path.read_text())
         # In a clone all files have nearly the same time.
@@ -87,8 +93,10 @@ def read_scores(folder, command):
         for name, entries in scores.items():
             for key, value in entries.items():
                 values[f"{name.replace(' ', '_')}_{key}"] = value
-    except (OSError, ValueError, AttributeError) as error:
-        fail(folder, error, command)
+        if not any(key.endswith("_fid") for key in values):
+            raise ValueError("no scores in it")
+    except BROKEN as error:
+        fail(path, error, command)
     return values
 
 
@@ -104,15 +112,15 @@ def read_ablations():
     try:
         rows = [*csv.DictReader(path.read_text().splitlines())]
         bits = {row["model"]: float(row["val_bpd"]) for row in rows}
+        unchanged = bits["as it is"]
         values = {}
         for name, bpd in bits.items():
             values[name] = f"{bpd:.3f}"
-            difference = bpd - bits["as it is"]
+            difference = bpd - unchanged
             values[f"{name}_more"] = rf"\ensuremath{{{difference:+.3f}}}"
             values[f"{name}_difference"] = f"{abs(difference):.3f}"
-    except (OSError, ValueError, LookupError) as error:
-        sys.exit(f"macros.py: error: no ablations in {path} ({error}): "
-                 "make them with python report/ablations.py")
+    except BROKEN as error:
+        fail(path, error, "python ../report/ablations.py")
     return values
 
 
@@ -120,8 +128,7 @@ def add_mean(values, key, runs):
     """Mean and standard deviation over the runs of one entry of their results."""
     figures = [results[key] for results in runs]
     values[f"{key}_mean"] = statistics.mean(figures)
-    if len(runs) > 1:
-        values[f"{key}_std"] = statistics.stdev(figures)
+    values[f"{key}_std"] = statistics.stdev(figures)
 
 
 def in_words(items):
@@ -137,46 +144,59 @@ def show(prefix, values):
             print(rf"\newcommand{{\{macro_name(prefix, key)}}}{{{text(key, value)}}}")
 
 
-def main():
-    for prefix, (folder, command, result, seeds) in RUNS.items():
-        values, rows = read(folder, command)
-        runs = [values]
-        for seed in seeds:
-            name = f"{folder}_seed{seed}"
-            command_of_seed = f"{command} --seed {seed} --out_dir ../report/figures/{name}"
-            other, _ = read(name, command_of_seed)
-            if prefix == "nf":
-                other |= read_scores(name, scoring(name, command_of_seed))
-            runs.append(other)
-        if prefix in SCORED:
-            values |= read_scores(folder, scoring(folder, command))
-        values |= {f"last_{key}": float(value) for key, value in rows[-1].items() if value}
-        add_mean(values, result, runs)
-        values["seeds"] = in_words(run["seed"] for run in runs)
-        values["best_epochs"] = in_words(run["best_epoch"] for run in runs)
-        values["million_parameters"] = values["parameters"] / 1e6
-        values["half_epoch"] = (values["epochs"] + 1) // 2
-        values["train_minutes"] = round(values["train_seconds"] / 60)
-        if "test_kl" in values:  # so that the numbers add up as they are printed
-            reconstruction = round(values["test_log_p_x_given_z"], 2)
-            values["test_kl"] = reconstruction - round(values["test_elbo"], 2)
-        if prefix == "gan":
-            generator = values["parameters_generator"]
-            values["parameters_discriminator"] = values["parameters"] - generator
-            values["classifier_percent"] = f"{100 * values['classifier_test_accuracy']:.1f}"
-            for n_sets in (20, 5):  # the standard error of a mean over so many sets
-                values[f"fid_error_of_{n_sets}_sets"] = values["fid_set_std"] / math.sqrt(n_sets)
-            values["rarest_percent"] = f"{100 * min(values['class_shares']):.1f}"
-            values |= {f"reference_{key}": value for key, value in values["reference"].items()}
-            path = values["interpolation"]
-            values["from_digit"], values["to_digit"] = path["digits"]
+def read_runs(prefix):
+    """The results of the run that is shown, those of all seeds, and the last row of its metrics."""
+    folder, command, _, seeds = RUNS[prefix]
+    values, rows = read(folder, command)
+    runs = [values]
+    for seed in seeds:
+        name = f"{folder}_seed{seed}"
+        command_of_seed = f"{command} --seed {seed} --out_dir ../report/figures/{name}"
+        other, _ = read(name, command_of_seed)
         if prefix == "nf":
-            for key in ("fid", "coverage", "confident_share"):
-                add_mean(values, f"samples_{key}", runs)
-            values["gap_bits"] = f"{values['val_bpd'] - values['last_train_bpd']:.3f}"
-            values["test_bpd_of_seeds"] = f"{values['test_bpd_mean']:.4f}"
-            if len(runs) > 1:
-                values["test_bpd_of_seeds"] += rf"\ensuremath{{\pm{values['test_bpd_std']:.4f}}}"
+            other |= read_scores(name, scoring(name, command_of_seed))
+        runs.append(other)
+    if prefix in SCORED:
+        values |= read_scores(folder, scoring(folder, command))
+    return values, runs, rows[-1]
+
+
+def add_derived(values, prefix, runs, last_row):
+    """Add what follows from the results of a run and of the other seeds."""
+    values |= {f"last_{key}": float(value) for key, value in last_row.items() if value}
+    add_mean(values, RUNS[prefix][2], runs)
+    values["seeds"] = in_words(run["seed"] for run in runs)
+    values["best_epochs"] = in_words(run["best_epoch"] for run in runs)
+    values["million_parameters"] = values["parameters"] / 1e6
+    values["half_epoch"] = (values["epochs"] + 1) // 2
+    values["train_minutes"] = round(values["train_seconds"] / 60)
+    if prefix in ("vae", "vaeTwo"):  # so that the numbers add up as they are printed
+        reconstruction = round(values["test_log_p_x_given_z"], 2)
+        values["test_kl"] = reconstruction - round(values["test_elbo"], 2)
+    if prefix == "gan":
+        generator = values["parameters_generator"]
+        values["parameters_discriminator"] = values["parameters"] - generator
+        values["classifier_percent"] = f"{100 * values['classifier_test_accuracy']:.1f}"
+        for n_sets in (20, 5):  # the standard error of a mean over so many sets
+            values[f"fid_error_of_{n_sets}_sets"] = values["fid_set_std"] / math.sqrt(n_sets)
+        values["rarest_percent"] = f"{100 * min(values['class_shares']):.1f}"
+        values |= {f"reference_{key}": value for key, value in values["reference"].items()}
+        values["from_digit"], values["to_digit"] = values["interpolation"]["digits"]
+    if prefix == "nf":
+        for key in ("fid", "coverage", "confident_share"):
+            add_mean(values, f"samples_{key}", runs)
+        values["gap_bits"] = f"{values['val_bpd'] - values['last_train_bpd']:.3f}"
+        values["test_bpd_of_seeds"] = (f"{values['test_bpd_mean']:.4f}"
+                                       rf"\ensuremath{{\pm{values['test_bpd_std']:.4f}}}")
+
+
+def main():
+    for prefix, (folder, command, _, _) in RUNS.items():
+        values, runs, last_row = read_runs(prefix)
+        try:
+            add_derived(values, prefix, runs, last_row)
+        except BROKEN as error:
+            fail(f"a file in {FIGURES / folder}", error, command)
         show(prefix, values)
     show("binarized", read_scores("binarized", "the command in README.md"))
     show("ablation", read_ablations())

@@ -4,6 +4,7 @@ import errno
 import gzip
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -213,6 +214,24 @@ def test_a_download_is_put_into_place_within_one_file_system(tiny_mnist, monkeyp
     assert files_below(folder / "new") == set(arrays)
 
 
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Files can be begun, but not ended."""
+    def write_half(source, target):
+        Path(target).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(shutil, "copyfile", write_half)
+    monkeypatch.setattr(np, "savez_compressed", lambda path, **_: write_half(None, path))
+
+
+def test_a_download_to_a_full_disk_leaves_no_partial_file(tiny_mnist, monkeypatch, full_disk):
+    folder, arrays = tiny_mnist
+    monkeypatch.setattr(torchvision.datasets, "MNIST", download_as_torchvision(arrays, False))
+    one_line(datasets.load, "mnist", folder / "new", match="No space left on device",
+             error=datasets.UnavailableError)
+    assert files_below(folder / "new") == set()
+
+
 def test_without_a_network_no_empty_folder_is_left(tmp_path):
     one_line(datasets.load, "mnist", tmp_path / "new", match="no network",
              error=datasets.UnavailableError)
@@ -269,6 +288,11 @@ def test_glyphs_are_drawn_once(tmp_path, drawn):
         assert (datasets.load("glyphs", folder).test.images == 7).all()
     assert drawn == [70_000]
     assert files_below(folder) == {"glyphs.npz"}
+
+
+def test_glyphs_on_a_full_disk_leave_no_partial_file(tmp_path, drawn, full_disk):
+    assert (datasets.load("glyphs", tmp_path).test.images == 7).all()
+    assert files_below(tmp_path) == set()
 
 
 def test_a_corrupt_cache_of_glyphs_is_named(tmp_path, drawn):

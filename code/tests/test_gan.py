@@ -210,8 +210,9 @@ def test_averaged_generator_follows_its_formula():
 
 @pytest.mark.parametrize("images", [random_images(4) + 1, torch.full((4, 1, 28, 28), 255).byte()])
 def test_images_of_another_range_are_refused(images):
+    batches = [random_images(4), images]
     with pytest.raises(ValueError, match=r"must be in \[-1, 1\].*to (1\.9|255)"):
-        train([images], Discriminator(), Generator(3), frozen(), frozen())
+        train(batches, Discriminator(), Generator(3), frozen(), frozen())
 
 
 def test_samples_come_from_standard_normal_noise():
@@ -340,6 +341,18 @@ def classify_by_first_pixel(classifier, pixels):
     probabilities[0::4] = 0.05 / 9
     probabilities[torch.arange(0, n, 4), pixels[0::4, 0].long()] = 0.95
     return pixels[:, 1:4].float(), probabilities
+
+
+def test_images_that_a_cut_batch_leaves_out_are_not_counted(glyphs_dir, tmp_path, monkeypatch):
+    """70 images are 4 batches of 16, and 6 that are left out."""
+    data = a3_gan.load("glyphs", glyphs_dir)
+    small = data._replace(**{name: datasets.Split(*(part[:70] for part in getattr(data, name)))
+                             for name in ("train", "val", "test")})
+    monkeypatch.setattr(a3_gan, "load", lambda *_: small)
+    a3_gan.main(a3_gan.parse_args([
+        "--epochs", "1", "--batch_size", "16", "--device", "cpu", "--out_dir", str(tmp_path)]))
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["images_per_s"] * found["train_seconds"] == pytest.approx(64)
 
 
 def test_score_measures_samples_against_the_test_images(monkeypatch):

@@ -71,6 +71,7 @@ class SimulatedGPU(TorchDispatchMode):
         super().__init__()
         self.device = device
         self.n_operations = 0  # on the GPU
+        self.n_waits = 0  # of the CPU, for a result of the GPU
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -89,6 +90,9 @@ class SimulatedGPU(TorchDispatchMode):
         if on_gpu:
             assert kwargs.get("generator") is None, "a generator of the CPU cannot be used"
         self.n_operations += on_gpu
+        is_read = operation is torch.ops.aten._local_scalar_dense.default
+        is_copied = operation in COPIES and not on_gpu
+        self.n_waits += (is_read or is_copied) and isinstance(tensors[-1], GPUTensor)
 
         content_args, content_kwargs = tree_map(content, (args, kwargs))
         result = operation(*content_args, **content_kwargs)
@@ -129,12 +133,64 @@ def test_dry_run(script, flags, device, tmp_path, glyphs_dir, monkeypatch):
     assert gpu.n_operations > 1000
 
 
+def n_waits_of_training(script, n_batches):
+    """How often the CPU waits for the GPU in a pass over this many batches."""
+    with RenamedDevice("cuda"), SimulatedGPU("cuda") as gpu:
+        pixels = torch.zeros(n_batches, 4, 784, dtype=torch.uint8).to("cuda")
+        if script is a3_gan:
+            G = a3_gan.Generator(7).to("cuda")
+            D = a3_gan.Discriminator().to("cuda")
+            optimizers = [torch.optim.Adam(model.parameters(), fused=True) for model in (G, D)]
+            batches = [a3_gan.to_images(batch) for batch in pixels]
+            gpu.n_waits = 0
+            a3_gan.train(batches, D, G, *optimizers)
+        else:
+            if script is a3_vae:
+                model = a3_vae.VAE().to("cuda")
+            else:
+                model = a3_nf.Model([784], n_mixtures=2).to("cuda")
+            optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+            gpu.n_waits = 0
+            script.epoch_iter(model, pixels, optimizer)
+        return gpu.n_waits
+
+
+@pytest.mark.parametrize("script", [a3_vae, a3_gan, a3_nf])
+def test_an_update_does_not_wait_for_the_gpu(script):
+    waits = n_waits_of_training(script, 1)
+    assert 1 <= waits <= 2  # for the mean losses
+    assert n_waits_of_training(script, 3) == waits
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps", "mps:0"])
+@pytest.mark.parametrize("script", [a3_vae, a3_nf])
+def test_channels_last_is_not_used_on_mps(script, device, tmp_path, glyphs_dir, monkeypatch):
+    formats = []
+    to = torch.nn.Module.to
+
+    def recorded_to(self, *args, **kwargs):
+        formats.append(kwargs.get("memory_format"))
+        return to(self, *args, **kwargs)
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(torch.nn.Module, "to", recorded_to)
+    monkeypatch.setattr(torch.optim, "AdamW", stop)
+    data = ["--dataset", "glyphs", "--data_dir", str(glyphs_dir), "--out_dir", str(tmp_path)]
+    with RenamedDevice(device), SimulatedGPU(device), pytest.raises(KeyboardInterrupt):
+        script.main(script.parse_args(["--dry_run", "--device", device, *data]))
+    assert (torch.channels_last in formats) == (device == "cuda")
+
+
 def test_the_simulation_refuses_what_a_gpu_would():
-    with RenamedDevice("mps"), SimulatedGPU("mps"):
+    with RenamedDevice("mps"), SimulatedGPU("mps") as gpu:
         on_gpu = torch.ones(3, device="mps")
         on_cpu = torch.ones(3)
         assert (on_gpu + on_gpu).device.type == "mps"
+        assert gpu.n_waits == 0
         assert (on_gpu + on_gpu).sum().item() == 6
+        assert on_gpu.cpu().sum() == 3
+        assert gpu.n_waits == 2
         with pytest.raises(AssertionError, match="of the GPU and of the CPU"):
             on_gpu + on_cpu
         with pytest.raises(AssertionError, match="generator"):

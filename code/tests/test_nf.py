@@ -359,6 +359,15 @@ def test_grey_levels_turn_the_training_pixels_into_the_prior():
     assert torch.equal(to_grey(levels, z).floor(), images[:40].float())
 
 
+def test_images_can_have_two_dimensions():
+    x = grey_images(3)
+    model = Model([784], n_mixtures=2)
+    torch.manual_seed(1)
+    expected = model(x)
+    torch.manual_seed(1)
+    assert torch.equal(model(x.view(3, 28, 28)), expected)
+
+
 @pytest.mark.parametrize("x", [
     torch.rand(4, 784),
     torch.full((4, 784), 1020),

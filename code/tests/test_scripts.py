@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._pytree import tree_map
 
 import a3_gan
 import a3_nf
 import a3_vae
+import datasets
 from conftest import CODE, mnist_dir, needs_mnist
 
 
@@ -118,8 +120,7 @@ def finished(script, common, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp(script.name)
     (folder / "matplotlibrc").write_text("text.usetex: True\n")
-    environment = {**os.environ, "MPLBACKEND": "module://of.a.notebook",
-                   "PYTHONIOENCODING": "ascii"}
+    environment = {**os.environ, "MPLBACKEND": "inline", "PYTHONIOENCODING": "ascii"}
     command = [sys.executable, script.path, "--dry_run", *common, *script.flags, "--out_dir", "run"]
     process = subprocess.run([*map(str, command)], cwd=folder, env=environment,
                              capture_output=True, text=True, timeout=300)
@@ -340,7 +341,7 @@ def test_killed_again_and_again_it_ends_like_an_uninterrupted_run(
         script, signal.SIGINT, tmp_path, "--dry_run", *common, *script.flags)
     assert status == 130
     assert stderr.count("\n") == 1
-    assert f'--resume --out_dir "{tmp_path}"' in stderr
+    assert f'--resume --out_dir "{tmp_path}" --data_dir "{common[-1]}"' in stderr
     for number in (signal.SIGTERM, signal.SIGKILL):
         assert len(load(tmp_path / "checkpoint.pt")["rows"]) == 1
         assert len(metrics(tmp_path)) == 1
@@ -353,6 +354,27 @@ def test_killed_again_and_again_it_ends_like_an_uninterrupted_run(
     start(script, "--resume", *common, "--out_dir", tmp_path, *others)
     assert_same_run(tmp_path, finished)
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_run_goes_on_where_tensors_have_another_memory_format(
+        script, common, finished, tmp_path):
+    """A GPU can store them in another order, which must not mix up the moments of the weights."""
+    save = torch.save
+
+    def contiguous(x):
+        return x.contiguous() if isinstance(x, torch.Tensor) else x
+
+    def save_once(content, file):
+        if (tmp_path / "checkpoint.pt").exists():
+            raise KeyboardInterrupt  # in epoch 2
+        save(tree_map(contiguous, content), file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", save_once)
+        with pytest.raises(KeyboardInterrupt):
+            start(script, "--dry_run", *common, *script.flags, "--out_dir", tmp_path)
+    start(script, "--resume", *common, "--out_dir", tmp_path)
+    assert_same_run(tmp_path, finished)
 
 
 def test_a_resumed_run_says_which_settings_count(script, common, finished, tmp_path, capsys):
@@ -394,6 +416,18 @@ def test_ctrl_c_before_there_is_a_checkpoint_promises_nothing(
     monkeypatch.setattr(script.each_update, interrupt)  # in the first update
     status, stderr = run(
         script, capsys, "--dry_run", *common, *script.flags, "--out_dir", tmp_path)
+    assert status == 130
+    assert stderr == "interrupted\n"
+
+
+def test_ctrl_c_before_a_run_begins_does_not_promise_to_continue_another(
+        script, capsys, tmp_path, monkeypatch):
+    """The default folder has an unfinished run, but this one would get a temporary folder."""
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(Path, "exists", lambda self: self.name == "checkpoint.pt")
+    monkeypatch.setattr(datasets, "load_glyphs", interrupt)
+    status, stderr = run(script, capsys, "--dry_run", "--dataset", "glyphs", "--device", "cpu")
     assert status == 130
     assert stderr == "interrupted\n"
 
@@ -593,9 +627,12 @@ def test_a_gpu_that_does_not_work_is_not_used_unless_somebody_asks(script, capsy
     assert "--device cpu" in err
 
 
-def test_a_gpu_without_memory_is_one_line(script, common, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("error", [
+    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+    RuntimeError("MPS backend out of memory (MPS allocated: 5.05 GB).")], ids=["cuda", "mps"])
+def test_a_gpu_without_memory_is_one_line(script, common, tmp_path, capsys, monkeypatch, error):
     def fail(*args):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        raise error
     monkeypatch.setattr(script.each_update, fail)
     err = fails(script, capsys, "--dry_run", *common, *script.flags, "--out_dir", tmp_path)
     assert "out of memory" in err
@@ -607,6 +644,7 @@ def test_folders_can_begin_with_a_tilde(script, monkeypatch, tmp_path):
     args = script.module.parse_args(["--data_dir=~/a", "--out_dir=~/b"])
     assert args.data_dir == tmp_path / "a"
     assert args.out_dir == tmp_path / "b"
+    assert script.module.parse_args(["--out_dir=~nobody-here/c"]).out_dir.name == "c"
 
 
 class Evil:
