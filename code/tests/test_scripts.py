@@ -286,7 +286,7 @@ def test_best_weights_are_those_of_the_best_epoch(
     assert results(tmp_path)[script.curve] == 5
     last = load(tmp_path / "checkpoint.pt")
     assert is_same(last["best"], load(tmp_path / "weights.pt")["best"])
-    current = last["averaged"] if script.module is a3_gan else last["model"]
+    current = last["model"] if script.module is a3_nf else last["averaged"]
     assert not is_same(last["best"], current)
 
 

@@ -1,5 +1,6 @@
 """The VAE's mathematics against numerical references, and the loop that it shares with the flow."""
 
+import copy
 import math
 
 import numpy as np
@@ -117,9 +118,11 @@ def test_an_untrained_model_costs_about_784_log_2():
     assert VAE()(binary_images(50)).item() == pytest.approx(784 * math.log(2), rel=0.05)
 
 
-def test_loss_and_gradient_are_unbiased_estimates():
+@pytest.mark.parametrize("z_dim", [1, 20])
+def test_loss_and_gradient_are_unbiased_estimates(z_dim):
     """Averaged over noise they are those of KL - E log p(x|z), by quadrature over one dimension."""
     model, x = randomized(VAE(z_dim=1), 0.08), binary_images(1)
+    model.z_dim = z_dim  # with more than two dimensions the loss has another estimate of the KL
     bias = model.encoder.net[-1].bias  # it shifts mean and log std
 
     def with_gradient(loss):
@@ -236,6 +239,24 @@ def test_run_epoch_trains_on_the_first_and_measures_on_the_second(module, sign):
     assert val == pytest.approx(sign * 0.75)
     assert model.weight.item() == pytest.approx(0.75)
     assert not model.training
+
+
+def test_averaged_weights_follow_their_formula_and_are_those_that_are_validated():
+    """Plain gradient descent on a constant gradient: after n updates the weight is 1 - 0.01 n."""
+    model = MeanPixel(a3_vae)
+    averaged = copy.deepcopy(model).requires_grad_(False).eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1)
+    data = images_of(*[1] * 30), images_of(1)
+    _, validated = a3_vae.run_epoch(model, data, optimizer, schedule, averaged)
+
+    expected = 1
+    for n in range(1, 31):
+        decay = (1 + n) / (10 + n)
+        expected = decay * expected + (1 - decay) * (1 - 0.01 * n)
+    assert averaged.weight.item() == pytest.approx(expected)
+    assert model.weight.item() == pytest.approx(0.7)
+    assert validated == pytest.approx(-expected)
 
 
 def test_shift_some_moves_a_share_of_the_images_by_up_to_a_pixel():
