@@ -38,7 +38,9 @@ from tqdm import tqdm
 from datasets import DATA_DIR, DataError, load
 
 MAX_GRAD_NORM = 1  # for gradient clipping: only rare outliers exceed it
-AUTOREGRESSIVE_LR_FACTOR = 0.5  # the autoregressive layer learns at this share of --lr
+# The autoregressive layer learns at this share of --lr. Trained alone at the full rate, it gave
+# samples with a Fréchet distance of 16.0, not 11.7.
+AUTOREGRESSIVE_LR_FACTOR = 0.5
 COMMON_LEVELS = 0, 252, 253, 254, 255  # 88% of MNIST's pixels have one of these grey levels
 STANDARD_WEIGHT = 1e-5  # weight of the standard logistic, a component of every mixture
 IW_SAMPLES = 8  # draws of the dequantization noise per test image in the importance-weighted bound
