@@ -545,7 +545,7 @@ def test_latent_variables_are_recovered_in_single_precision(trained, source):
     if source == "the prior":
         torch.manual_seed(0)
         z = sample_prior((200, 784))
-        true_y = math.nan
+        true_y = math.nan  # not known, since levels are rounded
     else:
         true_y = images_with_extremes(x) + source
         z, _ = encode(model, true_y)
@@ -556,10 +556,12 @@ def test_latent_variables_are_recovered_in_single_precision(trained, source):
     assert ldj.isfinite().all()
     away_from_edges = ((y % 1 > 1e-3) & (y % 1 < 1 - 1e-3)).all(1)  # where levels are rounded
     assert away_from_edges.sum() >= 10
-    z_is_right = (back.sigmoid() - z.sigmoid()).abs() < 1e-3
-    y_is_right = (y - true_y).abs() < 1e-4  # grey levels
-    assert (z_is_right | y_is_right)[away_from_edges].all()
-    assert z_is_right[away_from_edges].float().mean() > 0.9999
+    error = (back.sigmoid() - z.sigmoid())[away_from_edges].abs()
+    error_of_y = (y - true_y)[away_from_edges].abs()
+    is_steep = (error > 1e-3) & (error_of_y < 1e-4)  # grey levels
+    assert is_steep.float().mean() < 1e-4
+    assert error[~is_steep].mean() < 1e-5
+    assert error[~is_steep].max() < 1e-3
 
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2 ** -24], ids=["lowest noise", "highest noise"])
