@@ -545,7 +545,7 @@ def test_latent_variables_are_recovered_in_single_precision(trained, source):
     if source == "the prior":
         torch.manual_seed(0)
         z = sample_prior((200, 784))
-        true_y = math.nan  # not known, since levels are rounded
+        true_y = math.nan  # there is none
     else:
         true_y = images_with_extremes(x) + source
         z, _ = encode(model, true_y)
